@@ -1,0 +1,57 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"io"
+)
+
+// Store is where closed SCOs and map checkpoints live: the SCO side of the
+// driver. Names are flat within a namespace (one namespace per volume, named by
+// the volume's UUID). Implementations pass storetest. Safe from any goroutine.
+//
+// Every change carries the owner's epoch. A namespace remembers the largest
+// epoch that Fence named; a Put or Delete with a smaller one is refused with
+// ErrStaleEpoch and has no effect, however late it arrives.
+type Store interface {
+	// CreateNamespace makes a namespace; no error if it exists.
+	CreateNamespace(ctx context.Context, ns string) error
+	// DeleteNamespace removes a namespace with all its objects; no error if
+	// there is none.
+	DeleteNamespace(ctx context.Context, ns string) error
+	// Namespaces lists all namespaces, sorted.
+	Namespaces(ctx context.Context) ([]string, error)
+	// Fence durably raises the namespace's epoch; ErrStaleEpoch if it is larger
+	// already. Equal is fine.
+	Fence(ctx context.Context, ns string, epoch uint64) error
+	// Put stores an object whole or not at all; it is durable on return.
+	// Repeating a Put with the same contents is safe; an object is never
+	// overwritten with others (ErrExists).
+	Put(ctx context.Context, ns, name string, epoch uint64, obj Object) error
+	// ReadAt fills p from the object's offset. ErrNoObject if there is none;
+	// io.ErrUnexpectedEOF if it ends before. Not verified: the driver checks its
+	// own cluster checksums.
+	ReadAt(ctx context.Context, ns, name string, p []byte, off int64) error
+	// Size returns an object's size in bytes, or ErrNoObject.
+	Size(ctx context.Context, ns, name string) (int64, error)
+	// Delete removes an object; no error if there is none.
+	Delete(ctx context.Context, ns, name string, epoch uint64) error
+	// List returns the names with the prefix, sorted.
+	List(ctx context.Context, ns, prefix string) ([]string, error)
+}
+
+// Object is what Put stores: Size bytes from Data. A store on the same file
+// system as LocalPath, if that is set, may link that file instead of copying;
+// the driver never changes a file after it has put it.
+type Object struct {
+	Data      io.ReaderAt
+	Size      int64
+	LocalPath string
+}
+
+// Errors of a Store.
+var (
+	ErrStaleEpoch = errors.New("stale epoch: another owner has taken the volume")
+	ErrNoObject   = errors.New("no such object")
+	ErrExists     = errors.New("object exists with other contents")
+)
