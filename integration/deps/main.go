@@ -1,0 +1,159 @@
+// Command deps installs what building and testing Scoria needs and this machine
+// lacks, through apt, on Debian 12 or Ubuntu as root; the guest's kernel goes
+// into the source tree's cache, not onto the machine. It says what it installs
+// and why, and nothing if nothing is missing.
+//
+//	go run ./integration/deps
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"scoria/integration/guest"
+)
+
+// need is a package with a file that shows it is there.
+type need struct {
+	pkg    string
+	files  []string // program names, or absolute paths; all must exist
+	reason string
+}
+
+var needs = []need{
+	{"gcc", []string{"gcc"}, "the race detector links with it"},
+	{"libc6-dev", []string{"/usr/include/stdlib.h"}, "the race detector links with it"},
+	{"qemu-system-x86", []string{"qemu-system-x86_64", "qemu-storage-daemon"}, "runs the test guests, and is the peer of the benchmarks"},
+	{"qemu-utils", []string{"qemu-img", "qemu-io"}, "clients of the helper socket"},
+	{"seabios", []string{"/usr/share/seabios/bios-256k.bin"}, "the test guests' BIOS"},
+	{"fio", []string{"fio"}, "the load in the guests, and a client of the helper socket"},
+	{"libnbd-bin", []string{"nbdinfo", "nbdcopy"}, "clients of the helper socket"},
+	{"nbdkit", []string{"nbdkit"}, "a peer of the benchmarks"},
+	{"busybox-static", []string{"busybox"}, "the test guests' user space"},
+	{"e2fsprogs", []string{"mke2fs", "e2fsck", "resize2fs"}, "makes and checks file systems, in the guest and outside"},
+	{"util-linux", []string{"blkdiscard", "fstrim"}, "gives space back in the guest"},
+	{"zstd", []string{"zstd"}, "unpacks kernel modules"},
+	{"xz-utils", []string{"xz"}, "unpacks kernel modules"},
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "deps:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context) error {
+	var missing []need
+	for _, n := range needs {
+		if !present(n) {
+			missing = append(missing, n)
+		}
+	}
+	_, err := guest.FindKernel()
+	wantKernel := errors.Is(err, fs.ErrNotExist)
+	switch {
+	case err != nil && !wantKernel:
+		return err
+	case len(missing) == 0 && !wantKernel:
+		return nil
+	}
+	if _, err := exec.LookPath("apt-get"); err != nil {
+		return fmt.Errorf("this machine lacks %s, and there is no apt to install it with: install it by hand", names(missing, wantKernel))
+	}
+	if err := apt(ctx, "update"); err != nil {
+		return err
+	}
+	if len(missing) > 0 {
+		if err := install(ctx, missing); err != nil {
+			return err
+		}
+	}
+	if wantKernel {
+		fmt.Println("deps: fetching the guest's kernel package (unpacked into .cache, not installed)")
+		k, err := guest.FetchKernel(ctx)
+		if err != nil {
+			return err
+		}
+		fmt.Println("deps: guest kernel", k.Version)
+	}
+	return nil
+}
+
+func install(ctx context.Context, missing []need) error {
+	if os.Geteuid() != 0 {
+		return fmt.Errorf("must be root to install %s", names(missing, false))
+	}
+	args := []string{"install", "-y", "--no-install-recommends"}
+	for _, n := range missing {
+		fmt.Printf("deps: installing %s: %s\n", n.pkg, n.reason)
+		args = append(args, n.pkg)
+	}
+	if err := apt(ctx, args...); err != nil {
+		return err
+	}
+	for _, n := range missing {
+		if !present(n) {
+			return fmt.Errorf("package %s is installed but %s is still missing", n.pkg, strings.Join(n.files, " or "))
+		}
+	}
+	return nil
+}
+
+// apt runs apt-get without questions; its output is shown only if it fails.
+func apt(ctx context.Context, args ...string) error {
+	cmd := exec.CommandContext(ctx, "apt-get", append([]string{"-q", "-o", "DPkg::Lock::Timeout=120"}, args...)...)
+	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive", "NEEDRESTART_SUSPEND=1")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("apt-get %s: %w\n%s", args[0], err, out)
+	}
+	return nil
+}
+
+func present(n need) bool {
+	for _, f := range n.files {
+		if !exists(f) {
+			return false
+		}
+	}
+	return true
+}
+
+// exists looks for a program in PATH and in the administrator's directories,
+// which a shell without login may lack, or for an absolute path.
+func exists(name string) bool {
+	candidates := []string{name}
+	if !filepath.IsAbs(name) {
+		if _, err := exec.LookPath(name); err == nil {
+			return true
+		}
+		candidates = []string{"/usr/sbin/" + name, "/sbin/" + name}
+	}
+	for _, c := range candidates {
+		if _, err := os.Stat(c); err == nil {
+			return true
+		}
+	}
+	return false
+}
+
+func names(missing []need, kernel bool) string {
+	var s []string
+	for _, n := range missing {
+		s = append(s, n.pkg)
+	}
+	if kernel {
+		s = append(s, "a guest kernel")
+	}
+	return strings.Join(s, ", ")
+}

@@ -1,0 +1,24 @@
+#!/bin/sh
+# First process of the test guest. Loads the drivers, then carries out jobs that
+# come over the second serial port: one line each, "NUMBER BASE64-OF-SCRIPT". A
+# job's output goes back over the same port and ends with a line
+# "#scoria# NUMBER EXITCODE". The kernel's messages have the first port alone.
+export PATH=/bin:/sbin HOME=/tmp LC_ALL=C
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmp /tmp
+for m in $(cat /modules/order); do
+	insmod "/modules/$m.ko" || echo "init: module $m failed" >/dev/console
+done
+port=/dev/ttyS1
+stty -F $port raw -echo 115200
+exec 3<>$port
+echo "#scoria# 0 0" >&3
+while read -r number script <&3; do
+	echo "$script" | base64 -d >/tmp/job.$number
+	sh /tmp/job.$number >&3 2>&1 </dev/null
+	echo "#scoria# $number $?" >&3
+	rm -f /tmp/job.$number
+done
+poweroff -f
