@@ -1,0 +1,254 @@
+package registry
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// # Keys and records
+//
+//	pool/POOL            Pool
+//	volume/POOL/VOLUME   Volume
+//	node/ID              Node
+//
+// Records are JSON with a version, so that a dump is readable and etcd's tools
+// work on it. A record of a later version is refused, not guessed at.
+
+// RecordVersion is the version of all records that this program writes.
+const RecordVersion = 1
+
+// State is how far a volume's creation or deletion has come.
+type State string
+
+// A volume is made in the order creating, ready and goes in the order deleting,
+// no record; whoever finds one that is neither finishes it.
+const (
+	StateCreating State = "creating" // its directories and namespace may be missing
+	StateReady    State = "ready"
+	StateDeleting State = "deleting" // its directories and namespace may be gone
+)
+
+// Pool is a named set of defaults for volumes.
+type Pool struct {
+	Version   int       `json:"version"`
+	Name      string    `json:"name"`
+	BlockSize uint32    `json:"block_size"` // logical block in bytes, 512 or 4096
+	SCOSize   int64     `json:"sco_size"`   // data bytes of a SCO
+	Created   time.Time `json:"created"`
+}
+
+// Volume is a virtual disk.
+type Volume struct {
+	Version   int       `json:"version"`
+	ID        uuid.UUID `json:"id"`
+	Pool      string    `json:"pool"`
+	Name      string    `json:"name"`
+	Size      uint64    `json:"size"`       // bytes; grows before the engine and the guests learn of it
+	BlockSize uint32    `json:"block_size"` // logical block in bytes, 512 or 4096
+	SCOSize   int64     `json:"sco_size"`   // data bytes of a SCO
+	Serial    string    `json:"serial"`     // at most 20 bytes, what the guest sees
+	ReadOnly  bool      `json:"read_only"`
+	Created   time.Time `json:"created"`
+	State     State     `json:"state"`
+	Owner     string    `json:"owner"` // node ID; empty: nobody yet
+	Epoch     uint64    `json:"epoch"` // grows by one at each change of owner
+}
+
+// FullName returns POOL/VOLUME.
+func (v *Volume) FullName() string { return v.Pool + "/" + v.Name }
+
+// Node is a host's daemon.
+type Node struct {
+	Version  int       `json:"version"`
+	ID       string    `json:"id"`
+	Host     string    `json:"host"`
+	Created  time.Time `json:"created"`
+	Attached []string  `json:"attached"` // volumes that front ends used lately; opened at the next start
+}
+
+// Errors of the catalog.
+var (
+	ErrNotFound = errors.New("not found")
+	ErrExist    = errors.New("exists already")
+)
+
+// Prefixes under which the records lie.
+const (
+	PoolPrefix   = "pool/"
+	VolumePrefix = "volume/"
+	NodePrefix   = "node/"
+)
+
+// PoolKey returns the key of a pool's record.
+func PoolKey(name string) string { return PoolPrefix + name }
+
+// VolumeKey returns the key of a volume's record.
+func VolumeKey(pool, name string) string { return VolumePrefix + pool + "/" + name }
+
+// NodeKey returns the key of a node's record.
+func NodeKey(id string) string { return NodePrefix + id }
+
+var nameRE = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
+
+// DefaultPool is the pool of volumes that are named without one.
+const DefaultPool = "default"
+
+// CheckName validates the name of a pool or volume; what says which ("pool",
+// "volume") in the error.
+func CheckName(what, name string) error {
+	if nameRE.MatchString(name) {
+		return nil
+	}
+	why := "has a character that is not allowed"
+	switch {
+	case name == "":
+		why = "is empty"
+	case len(name) > 63:
+		why = fmt.Sprintf("has %d characters", len(name))
+	case strings.Contains("._-", name[:1]):
+		why = fmt.Sprintf("begins with %q", name[:1])
+	case strings.ToLower(name) != name:
+		why = "has capital letters"
+	}
+	return fmt.Errorf("%s name %q %s: must be 1 to 63 of a-z, 0-9, '.', '_' and '-', and begin with a letter or digit", what, name, why)
+}
+
+// SplitName splits [POOL/]VOLUME and validates both parts.
+func SplitName(full string) (pool, name string, err error) {
+	pool, name, found := strings.Cut(full, "/")
+	if !found {
+		pool, name = DefaultPool, full
+	}
+	if err := CheckName("pool", pool); err != nil {
+		return "", "", err
+	}
+	if err := CheckName("volume", name); err != nil {
+		return "", "", err
+	}
+	return pool, name, nil
+}
+
+// Record is what lies under the three prefixes.
+type Record interface{ Pool | Volume | Node }
+
+// Entry is a record with its revision, for compares.
+type Entry[R Record] struct {
+	Record   R
+	Revision int64
+}
+
+// Load reads a record; ErrNotFound if there is none.
+func Load[R Record](ctx context.Context, s Store, key string) (Entry[R], error) {
+	kv, ok, err := s.Get(ctx, key)
+	if err != nil {
+		return Entry[R]{}, err
+	}
+	if !ok {
+		return Entry[R]{}, fmt.Errorf("%s: %w", key, ErrNotFound)
+	}
+	return decode[R](kv)
+}
+
+// LoadAll reads all records under a prefix, ordered by key.
+func LoadAll[R Record](ctx context.Context, s Store, prefix string) ([]Entry[R], error) {
+	kvs, err := s.List(ctx, prefix)
+	if err != nil {
+		return nil, err
+	}
+	entries := make([]Entry[R], len(kvs))
+	for i, kv := range kvs {
+		if entries[i], err = decode[R](kv); err != nil {
+			return nil, err
+		}
+	}
+	return entries, nil
+}
+
+// Create writes a record that must not exist, else ErrExist.
+func Create[R Record](ctx context.Context, s Store, key string, r R) (Entry[R], error) {
+	e, err := Replace(ctx, s, key, Entry[R]{Record: r})
+	if errors.Is(err, ErrConflict) {
+		return e, fmt.Errorf("%s: %w", key, ErrExist)
+	}
+	return e, err
+}
+
+// Replace writes e.Record if the key is still at e.Revision (0: does not exist),
+// else ErrConflict. It returns the entry with its new revision.
+func Replace[R Record](ctx context.Context, s Store, key string, e Entry[R]) (Entry[R], error) {
+	b, err := encode(e.Record)
+	if err != nil {
+		return e, fmt.Errorf("%s: %w", key, err)
+	}
+	rev, err := s.Commit(ctx, []Compare{{Key: key, Revision: e.Revision}}, []Write{{Key: key, Value: b}})
+	if err != nil {
+		return e, err
+	}
+	e.Revision = rev
+	return e, nil
+}
+
+// Update changes a record with fn until no other change came between; fn may be
+// called several times and may refuse. ErrNotFound if there is no record.
+func Update[R Record](ctx context.Context, s Store, key string, fn func(*R) error) (Entry[R], error) {
+	const attempts = 100
+	for range attempts {
+		e, err := Load[R](ctx, s, key)
+		if err != nil {
+			return e, err
+		}
+		if err := fn(&e.Record); err != nil {
+			return e, err
+		}
+		e, err = Replace(ctx, s, key, e)
+		if !errors.Is(err, ErrConflict) {
+			return e, err
+		}
+	}
+	return Entry[R]{}, fmt.Errorf("%s: %w %d times in a row", key, ErrConflict, attempts)
+}
+
+// Remove deletes a key if it is still at the revision, else ErrConflict.
+func Remove(ctx context.Context, s Store, key string, revision int64) error {
+	_, err := s.Commit(ctx, []Compare{{Key: key, Revision: revision}}, []Write{{Key: key}})
+	return err
+}
+
+func encode[R Record](r R) ([]byte, error) {
+	switch v := any(&r).(type) {
+	case *Pool:
+		v.Version = RecordVersion
+	case *Volume:
+		v.Version = RecordVersion
+	case *Node:
+		v.Version = RecordVersion
+	}
+	return json.Marshal(r)
+}
+
+func decode[R Record](kv KV) (Entry[R], error) {
+	e := Entry[R]{Revision: kv.Revision}
+	var head struct {
+		Version int `json:"version"`
+	}
+	if err := json.Unmarshal(kv.Value, &head); err != nil {
+		return e, fmt.Errorf("record %s: %w", kv.Key, err)
+	}
+	if head.Version < 1 || head.Version > RecordVersion {
+		return e, fmt.Errorf("record %s has version %d, this program knows %d: %w", kv.Key, head.Version, RecordVersion, ErrVersion)
+	}
+	d := json.NewDecoder(bytes.NewReader(kv.Value))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&e.Record); err != nil {
+		return e, fmt.Errorf("record %s: %w", kv.Key, err)
+	}
+	return e, nil
+}
