@@ -1,0 +1,151 @@
+package mem
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrFDs: more descriptors came with a message than it may carry.
+var ErrFDs = errors.New("too many file descriptors in one message")
+
+// CloseAll closes the descriptors.
+func CloseAll(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+}
+
+// ReadFull fills p from the socket and returns the descriptors that came with
+// these bytes, close-on-exec. They belong to the caller unless err is set. It
+// fails with io.EOF at an end before the first byte, io.ErrUnexpectedEOF at a
+// later one, and ErrFDs if more than maxFDs descriptors came.
+func ReadFull(conn *net.UnixConn, p []byte, maxFDs int) (fds []int, err error) {
+	defer func() {
+		if err != nil {
+			CloseAll(fds)
+			fds = nil
+		}
+	}()
+	oob := make([]byte, unix.CmsgSpace(4*maxFDs))
+	for n := 0; n < len(p); {
+		got, oobn, flags, _, err := conn.ReadMsgUnix(p[n:], oob)
+		// Descriptors are installed even where the read is an error for us.
+		more, perr := parseRights(oob[:oobn])
+		fds = append(fds, more...)
+		switch {
+		case err != nil:
+			return fds, err
+		case perr != nil:
+			return fds, perr
+		case flags&unix.MSG_CTRUNC != 0 || len(fds) > maxFDs:
+			return fds, fmt.Errorf("want at most %d: %w", maxFDs, ErrFDs)
+		case got == 0 && n == 0:
+			return fds, io.EOF
+		case got == 0:
+			return fds, io.ErrUnexpectedEOF
+		}
+		n += got
+	}
+	return fds, nil
+}
+
+func parseRights(oob []byte) ([]int, error) {
+	if len(oob) == 0 {
+		return nil, nil
+	}
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil, os.NewSyscallError("parsing control message", err)
+	}
+	var fds []int
+	for i := range msgs {
+		if msgs[i].Header.Level != unix.SOL_SOCKET || msgs[i].Header.Type != unix.SCM_RIGHTS {
+			continue
+		}
+		more, err := unix.ParseUnixRights(&msgs[i])
+		if err != nil {
+			return fds, os.NewSyscallError("parsing passed descriptors", err)
+		}
+		fds = append(fds, more...)
+	}
+	return fds, nil
+}
+
+// WriteFull writes p with the descriptors, which stay the caller's.
+func WriteFull(conn *net.UnixConn, p []byte, fds ...int) error {
+	var oob []byte
+	if len(fds) > 0 {
+		oob = unix.UnixRights(fds...)
+	}
+	n, _, err := conn.WriteMsgUnix(p, oob, nil)
+	if err != nil {
+		return err
+	}
+	// Descriptors go with the first byte; the rest, if any, goes without.
+	if n < len(p) {
+		_, err = conn.Write(p[n:])
+	}
+	return err
+}
+
+// NewEventFD returns a non-blocking, close-on-exec eventfd with count 0.
+func NewEventFD() (int, error) {
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return -1, os.NewSyscallError("eventfd", err)
+	}
+	return fd, nil
+}
+
+// CheckEventFD fails with ErrNotEventFD if fd, received from a peer, is
+// anything else: writing to a pipe or a file could block or do harm.
+func CheckEventFD(fd int) error {
+	link, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
+	if err != nil {
+		return err
+	}
+	if link != "anon_inode:[eventfd]" {
+		return fmt.Errorf("%s: %w", link, ErrNotEventFD)
+	}
+	return nil
+}
+
+var one = binary.NativeEndian.AppendUint64(nil, 1)
+
+// SignalEventFD adds 1 to the count. The descriptor may come from a peer, who
+// may have made it blocking and filled its count: the call then blocks until
+// somebody reads it, but lets the scheduler go on. A full non-blocking one is
+// no error: it is signalled already.
+func SignalEventFD(fd int) error {
+	for {
+		_, err := unix.Write(fd, one)
+		switch err {
+		case nil, unix.EAGAIN:
+			return nil
+		case unix.EINTR:
+		default:
+			return os.NewSyscallError("write to eventfd", err)
+		}
+	}
+}
+
+// DrainEventFD sets the count to 0 and reports whether it was not. It never
+// blocks, whatever the descriptor's flags are.
+func DrainEventFD(fd int) (bool, error) {
+	var b [8]byte
+	_, err := unix.Preadv2(fd, [][]byte{b[:]}, -1, unix.RWF_NOWAIT)
+	switch err {
+	case nil:
+		return true, nil
+	case unix.EAGAIN:
+		return false, nil
+	}
+	return false, os.NewSyscallError("read from eventfd", err)
+}

@@ -1,0 +1,34 @@
+package mem
+
+import (
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// mmap returns length bytes of fd from the page boundary offset.
+func mmap(fd int, offset int64, length uint64) ([]byte, error) {
+	p, err := unix.MmapPtr(fd, offset, nil, uintptr(length), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
+	if err != nil {
+		return nil, os.NewSyscallError("mmap", err)
+	}
+	return unsafe.Slice((*byte)(p), length), nil
+}
+
+// munmap ends what mmap made. It can fail only on arguments that mmap did not return.
+func munmap(b []byte) {
+	if err := unix.MunmapPtr(unsafe.Pointer(unsafe.SliceData(b)), uintptr(len(b))); err != nil {
+		panic("mem: munmap: " + err.Error())
+	}
+}
+
+func contains(b []byte, addr uintptr) bool {
+	return addr-uintptr(unsafe.Pointer(unsafe.SliceData(b))) < uintptr(len(b))
+}
+
+// AlignedTo reports whether b starts at a multiple of align, a power of two,
+// in this process.
+func AlignedTo(b []byte, align uintptr) bool {
+	return uintptr(unsafe.Pointer(unsafe.SliceData(b)))&(align-1) == 0
+}
