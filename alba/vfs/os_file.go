@@ -1,0 +1,188 @@
+package vfs
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// osFile is an open host file. The lock keeps Close from giving the descriptor's
+// number to another file while a call is under way; calls share it.
+type osFile struct {
+	mu   sync.RWMutex
+	fd   int // -1 once closed
+	name string
+}
+
+func newOSFile(fd int, name string) (File, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		unix.Close(fd)
+		return nil, pathError("stat", name, err)
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		unix.Close(fd)
+		return nil, pathError("open", name, unix.EISDIR)
+	}
+	return &osFile{fd: fd, name: name}, nil
+}
+
+// do runs a call on the descriptor.
+func (f *osFile) do(op string, call func(fd int) error) error {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.fd < 0 {
+		return pathError(op, f.name, fs.ErrClosed)
+	}
+	for {
+		err := call(f.fd)
+		if err == nil {
+			return nil
+		}
+		if err != unix.EINTR {
+			return pathError(op, f.name, err)
+		}
+	}
+}
+
+// ReadAt implements io.ReaderAt.
+func (f *osFile) ReadAt(p []byte, off int64) (int, error) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.fd < 0 {
+		return 0, pathError("read", f.name, fs.ErrClosed)
+	}
+	n := 0
+	for n < len(p) {
+		m, err := unix.Pread(f.fd, p[n:], off+int64(n))
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return n, pathError("read", f.name, err)
+		}
+		if m == 0 {
+			return n, io.EOF
+		}
+		n += m
+	}
+	return n, nil
+}
+
+// WriteAt implements io.WriterAt.
+func (f *osFile) WriteAt(p []byte, off int64) (int, error) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.fd < 0 {
+		return 0, pathError("write", f.name, fs.ErrClosed)
+	}
+	n := 0
+	for n < len(p) {
+		m, err := unix.Pwrite(f.fd, p[n:], off+int64(n))
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return n, pathError("write", f.name, err)
+		}
+		if m == 0 {
+			return n, pathError("write", f.name, io.ErrShortWrite)
+		}
+		n += m
+	}
+	return n, nil
+}
+
+// Close implements io.Closer. It waits for calls that are under way.
+func (f *osFile) Close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fd < 0 {
+		return pathError("close", f.name, fs.ErrClosed)
+	}
+	fd := f.fd
+	f.fd = -1
+	// Linux frees the number even when close is interrupted: no retry.
+	if err := unix.Close(fd); err != nil && err != unix.EINTR {
+		return pathError("close", f.name, err)
+	}
+	return nil
+}
+
+// Size implements File.
+func (f *osFile) Size() (int64, error) {
+	var st unix.Stat_t
+	err := f.do("stat", func(fd int) error { return unix.Fstat(fd, &st) })
+	return st.Size, err
+}
+
+// Truncate implements File.
+func (f *osFile) Truncate(size int64) error {
+	return f.do("truncate", func(fd int) error { return unix.Ftruncate(fd, size) })
+}
+
+// Allocate implements File. On a file system that can't reserve room it fails
+// with an error that is errors.ErrUnsupported.
+func (f *osFile) Allocate(off, length int64) error {
+	return f.do("allocate", func(fd int) error { return unix.Fallocate(fd, 0, off, length) })
+}
+
+// PunchHole implements File. Where the file system has no holes, zeroes are
+// written and the room stays taken.
+func (f *osFile) PunchHole(off, length int64) error {
+	err := f.do("punch hole", func(fd int) error {
+		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, length)
+	})
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return f.writeZeroes(off, length)
+	}
+	return err
+}
+
+// writeZeroes overwrites the part of [off, off+length) inside the file.
+func (f *osFile) writeZeroes(off, length int64) error {
+	size, err := f.Size()
+	if err != nil {
+		return err
+	}
+	zeroes := make([]byte, 64<<10)
+	for end := min(off+length, size); off < end; {
+		n, err := f.WriteAt(zeroes[:min(int64(len(zeroes)), end-off)], off)
+		if err != nil {
+			return err
+		}
+		off += int64(n)
+	}
+	return nil
+}
+
+// Sync implements File with fdatasync, which includes the size.
+func (f *osFile) Sync() error {
+	return f.do("sync", unix.Fdatasync)
+}
+
+// StartWriteback implements File with sync_file_range. File systems without it
+// are left to write back by themselves.
+func (f *osFile) StartWriteback(off, length int64) error {
+	return f.do("start writeback", func(fd int) error {
+		return ignoreUnsupported(unix.SyncFileRange(fd, off, length, unix.SYNC_FILE_RANGE_WRITE))
+	})
+}
+
+// DropCache implements File.
+func (f *osFile) DropCache(off, length int64) error {
+	return f.do("drop cache", func(fd int) error {
+		return ignoreUnsupported(unix.Fadvise(fd, off, length, unix.FADV_DONTNEED))
+	})
+}
+
+// ignoreUnsupported turns the refusal of a mere hint into success.
+func ignoreUnsupported(err error) error {
+	if err == unix.EOPNOTSUPP || err == unix.ENOSYS || err == unix.ESPIPE {
+		return nil
+	}
+	return err
+}
