@@ -21,6 +21,7 @@ import (
 	"regexp"
 	"sort"
 	"strings"
+	"time"
 
 	"scoria/integration/bed"
 )
@@ -44,16 +45,44 @@ type Image struct {
 // Build returns the guest's image, from the cache if nothing has changed. The
 // kernel must have been fetched.
 func Build(ctx context.Context) (Image, error) {
-	return build(ctx, tools)
+	torture, err := buildTorture(ctx)
+	if err != nil {
+		return Image{}, err
+	}
+	return build(ctx, tools, torture)
 }
 
 // BuildSmall returns an image with busybox and drivers alone, for guests that
 // are read from the volume under test by its BIOS.
 func BuildSmall(ctx context.Context) (Image, error) {
-	return build(ctx, nil)
+	return build(ctx, nil, nil)
 }
 
-func build(ctx context.Context, tools []string) (Image, error) {
+// buildTorture builds the guest's own load program; see torture/main.go.
+func buildTorture(ctx context.Context) ([]byte, error) {
+	root, err := bed.Root()
+	if err != nil {
+		return nil, err
+	}
+	cache, err := bed.CacheDir()
+	if err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp(cache, "torture-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	bin := filepath.Join(dir, "torture")
+	if _, err := bed.Run(ctx, "sh", "-c", `cd "$1" && CGO_ENABLED=0 exec go build -trimpath -buildvcs=false -o "$2" ./integration/guest/torture`,
+		"sh", root, bin); err != nil {
+		return nil, err
+	}
+	return os.ReadFile(bin)
+}
+
+// build makes an image with host tools and, if not nil, the torture program.
+func build(ctx context.Context, tools []string, torture []byte) (Image, error) {
 	k, err := FindKernel()
 	if err != nil {
 		return Image{}, err
@@ -66,15 +95,38 @@ func build(ctx context.Context, tools []string) (Image, error) {
 	if err != nil {
 		return Image{}, err
 	}
-	img := Image{Kernel: k.Image, Initrd: filepath.Join(cache, "initrd-"+recipe(k, files)+".cpio")}
+	img := Image{Kernel: k.Image, Initrd: filepath.Join(cache, "initrd-"+recipe(k, files, torture)+".cpio")}
 	if _, err := os.Stat(img.Initrd); err == nil {
 		return img, nil
+	}
+	if err := prune(cache); err != nil {
+		return Image{}, err
 	}
 	a := newArchive()
 	if err := fill(ctx, a, k, files); err != nil {
 		return Image{}, err
 	}
+	if torture != nil {
+		a.file("/bin/torture", 0o755, torture)
+	}
 	return img, replaceFile(img.Initrd, a.writeTo)
+}
+
+// prune removes images that an earlier state of the tree left behind. Others may
+// be using recent ones.
+func prune(cache string) error {
+	old, err := filepath.Glob(filepath.Join(cache, "initrd-*.cpio"))
+	if err != nil {
+		return err
+	}
+	for _, f := range old {
+		if info, err := os.Stat(f); err == nil && time.Since(info.ModTime()) > 24*time.Hour {
+			if err := os.Remove(f); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // replaceFile writes a file aside and renames it, so that nobody sees half of it.
@@ -142,12 +194,13 @@ func lookPath(name string) (string, error) {
 }
 
 // recipe is a digest of everything the image is made from; files by size and time.
-func recipe(k Kernel, files []hostFile) string {
+func recipe(k Kernel, files []hostFile, torture []byte) string {
 	h := sha256.New()
 	fmt.Fprintf(h, "layout 1\n%s\n%s\n%v\n", k.Version, initScript, drivers)
 	for _, f := range files {
 		fmt.Fprintf(h, "%s %d %d\n", f.path, f.info.Size(), f.info.ModTime().UnixNano())
 	}
+	h.Write(torture)
 	return fmt.Sprintf("%x", h.Sum(nil)[:8])
 }
 

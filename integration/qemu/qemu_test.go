@@ -31,12 +31,12 @@ func TestGuestOnPeer(t *testing.T) {
 	if err := os.WriteFile(raw, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Truncate(raw, 64<<20); err != nil {
+	if err := os.Truncate(raw, 256<<20); err != nil {
 		t.Fatal(err)
 	}
 	sock := filepath.Join(dir, "d.sock")
 	qsd, err := bed.Start(bed.Spec{Path: "qemu-storage-daemon", Log: filepath.Join(dir, "qsd.log"), Args: []string{
-		"--blockdev", "driver=file,node-name=n,filename=" + raw,
+		"--blockdev", "driver=file,node-name=n,discard=unmap,filename=" + raw,
 		"--export", "vhost-user-blk,id=e,node-name=n,writable=on,num-queues=2,addr.type=unix,addr.path=" + sock,
 	}})
 	if err != nil {
@@ -56,11 +56,16 @@ func TestGuestOnPeer(t *testing.T) {
 	}
 	t.Cleanup(func() { vm.Kill() })
 	out, err := vm.Run(ctx, "cat /sys/block/vda/size; ls /sys/block/vda/mq | wc -l")
-	if err != nil || strings.Join(strings.Fields(out), " ") != "131072 2" {
+	if err != nil || strings.Join(strings.Fields(out), " ") != "524288 2" {
 		t.Fatalf("size and queues: %q, %v", out, err)
 	}
 	if _, err := vm.Run(ctx, "exit 3"); err == nil || !strings.Contains(err.Error(), "exit code 3") {
 		t.Fatalf("failing job: %v", err)
+	}
+	if out, err := vm.Run(ctx, "torture -run 3s -workers 8"); err != nil {
+		t.Fatal(err)
+	} else {
+		t.Log(out)
 	}
 	if err := vm.Background(ctx, "load", "mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt && echo hello >/mnt/f && umount /mnt && echo done"); err != nil {
 		t.Fatal(err)

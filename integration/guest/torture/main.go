@@ -1,0 +1,102 @@
+// Command torture runs inside the test guest. It writes, reads, discards, zeroes
+// and flushes random ranges of a disk from many threads, knows what every sector
+// must hold, and checks it at every read and in the end. It fails at the first
+// I/O error or wrong byte; it prints what it did, and the pauses it saw, as JSON.
+//
+// Every worker has a part of the disk for itself, so its model needs no lock and
+// the outcome of every operation is known. A sector holds its number and the
+// generation that wrote it, so that a mismatch says whether data is old, lost or
+// misplaced.
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+)
+
+type config struct {
+	device  string
+	workers int
+	span    int64         // bytes per worker
+	run     time.Duration // at most
+	stop    string        // the run ends early when this file exists
+	seed    uint64
+	discard bool
+	pause   time.Duration // waits for one operation at least this long are listed
+}
+
+// report is what goes to standard output.
+type report struct {
+	Reads, Writes, Discards, Zeroes, Flushes uint64
+	Bytes                                    uint64
+	Seconds                                  float64
+	PausesMs                                 []int64 // of worker 0, in order
+	LongestMs                                int64   // wait for one operation, any worker
+}
+
+func main() {
+	var c config
+	flag.StringVar(&c.device, "device", "/dev/vda", "disk that is overwritten")
+	flag.IntVar(&c.workers, "workers", 16, "threads, each with one operation under way")
+	flag.Int64Var(&c.span, "span", 8<<20, "bytes of the disk per worker")
+	flag.DurationVar(&c.run, "run", time.Minute, "how long")
+	flag.StringVar(&c.stop, "stop", "", "end early when this file exists")
+	flag.Uint64Var(&c.seed, "seed", 1, "of the random operations")
+	flag.BoolVar(&c.discard, "discard", true, "also discard and write zeroes")
+	flag.DurationVar(&c.pause, "pause", 200*time.Millisecond, "list waits at least this long")
+	flag.Parse()
+	r, err := torture(c)
+	out, jerr := json.Marshal(r)
+	fmt.Println(string(out))
+	if err = errors.Join(err, jerr); err != nil {
+		fmt.Fprintln(os.Stderr, "torture:", err)
+		os.Exit(1)
+	}
+}
+
+func torture(c config) (report, error) {
+	workers := make([]*worker, c.workers)
+	for i := range workers {
+		w, err := newWorker(c, i)
+		if err != nil {
+			return report{}, err
+		}
+		workers[i] = w
+	}
+	begin := time.Now()
+	failed := make(chan struct{})
+	var once sync.Once
+	var wg sync.WaitGroup
+	for _, w := range workers {
+		wg.Go(func() {
+			if w.err = w.loop(begin.Add(c.run), failed); w.err != nil {
+				once.Do(func() { close(failed) })
+			}
+		})
+	}
+	wg.Wait()
+	var sum report
+	var errs []error
+	for i, w := range workers {
+		sum.Reads += w.did.Reads
+		sum.Writes += w.did.Writes
+		sum.Discards += w.did.Discards
+		sum.Zeroes += w.did.Zeroes
+		sum.Flushes += w.did.Flushes
+		sum.Bytes += w.did.Bytes
+		sum.LongestMs = max(sum.LongestMs, w.did.LongestMs)
+		if i == 0 {
+			sum.PausesMs = w.did.PausesMs
+		}
+		if w.err != nil {
+			errs = append(errs, fmt.Errorf("worker %d: %w", i, w.err))
+		}
+	}
+	sum.Seconds = time.Since(begin).Seconds()
+	return sum, errors.Join(errs...)
+}
