@@ -157,4 +157,3 @@ func (m *Mem) Link(oldName, newName string) error {
 	d.set(base, n, new(nameTx))
 	return nil
 }
-

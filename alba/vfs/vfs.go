@@ -7,6 +7,7 @@
 //
 //   - File.Sync makes the file's earlier WriteAt, Allocate, Truncate and PunchHole
 //     calls durable (fdatasync). It does not make its name durable.
+//   - FS.MkdirAll makes the directories that it creates durable by itself.
 //   - FS.SyncDir makes earlier Create, Rename, Link and Remove calls in that
 //     directory durable.
 //   - Everything else may be lost, kept in part, or torn at multiples of
@@ -67,8 +68,10 @@ type FS interface {
 	Lock(name string) (io.Closer, error)
 	// Free returns the bytes that an unprivileged writer can still use under name.
 	Free(name string) (uint64, error)
-	// Map maps size bytes of a file shared and writable, creating or growing it.
-	// created says that it did not exist before with that size. The contents
+	// Map maps size bytes of a file shared and writable, creating or growing it
+	// (a larger file keeps its size). created says that it did not exist before
+	// with that size. Pages are not populated: until the caller has done that, a
+	// store can meet a full file system (SIGBUS). The contents
 	// outlive the process as stores are made, without a system call; they do not
 	// outlive the power unless the file lies on a disk.
 	Map(name string, size int64) (m Mapping, created bool, err error)
