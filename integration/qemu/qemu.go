@@ -99,7 +99,7 @@ func arguments(o Options, accel string) []string {
 		o.MemoryMiB = 512
 	}
 	args := []string{
-		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-nodefaults", "-no-user-config", "-display", "none",
 		"-accel", accel, "-smp", strconv.Itoa(o.CPUs),
 		"-object", fmt.Sprintf("memory-backend-memfd,id=mem,size=%dM,share=on", o.MemoryMiB),
 		"-machine", "q35,memory-backend=mem", "-m", fmt.Sprintf("%dM", o.MemoryMiB),
@@ -163,6 +163,9 @@ func (vm *VM) ready(ctx context.Context) error {
 	}
 	return nil
 }
+
+// Reattach waits for the guest's init after the guest has restarted.
+func (vm *VM) Reattach(ctx context.Context) error { return vm.ready(ctx) }
 
 // Run carries out a shell script in the guest and returns what it wrote. A
 // non-zero exit code is an error that carries the output.

@@ -1,0 +1,196 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"scoria/integration/qemu"
+)
+
+// fioMix is what a guest does to a disk while its daemon dies: random writes of
+// mixed sizes, reads between writes, discards, flushes, all verified.
+const fioMix = `cat >/tmp/mix.fio <<E
+[global]
+filename=/dev/vda
+direct=1
+ioengine=libaio
+iodepth=16
+verify=crc32c
+verify_fatal=1
+group_reporting=1
+randrepeat=0
+size=8m
+[write]
+rw=randwrite
+bsrange=4k-64k
+fsync=64
+numjobs=2
+offset_increment=8m
+[read-write]
+rw=randrw
+bs=4k
+fdatasync=32
+offset=32m
+[discard]
+rw=randtrimwrite
+bs=8k
+offset=64m
+E
+n=0
+while [ ! -e /tmp/stop ] || [ $n = 0 ]; do
+	fio --eta=never --output=/tmp/mix.out /tmp/mix.fio || { cat /tmp/mix.out; exit 1; }
+	n=$((n+1))
+done
+echo $n rounds of fio`
+
+// tortured is what the guest's torture program reports.
+type tortured struct {
+	Reads, Writes, Discards, Zeroes, Flushes uint64
+	Seconds                                  float64
+	PausesMs                                 []int64
+	LongestMs                                int64
+}
+
+// kills makes n kills of the daemon at random moments. It returns what to print
+// on failure to repeat the moments.
+func (e *env) kills(n int, between time.Duration) {
+	e.Helper()
+	seed := uint64(time.Now().UnixNano())
+	e.Logf("moments from seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	for i := range n {
+		time.Sleep(time.Duration(rng.Int64N(int64(between))))
+		killed := time.Now()
+		e.must(e.Daemon.Kill())
+		// Sometimes it stays away longer than the guest's requests take.
+		time.Sleep(time.Duration(rng.IntN(3)) * 100 * time.Millisecond)
+		e.restart()
+		e.Logf("kill %d: daemon answers again after %v", i+1, time.Since(killed).Round(time.Millisecond))
+	}
+}
+
+// tortureEnd waits for the guest's torture and reports the pauses it saw.
+func (e *env) tortureEnd(vm *qemu.VM, job string) tortured {
+	e.Helper()
+	out, err := vm.Join(e.ctx, job)
+	e.must(err)
+	var r tortured
+	if err := json.Unmarshal([]byte(out), &r); err != nil {
+		e.Fatalf("%v in %q", err, out)
+	}
+	e.Logf("guest: %d writes, %d reads, %d discards, %d zeroes, %d flushes, all right; pauses seen by one thread: %v ms, longest wait %d ms",
+		r.Writes, r.Reads, r.Discards, r.Zeroes, r.Flushes, r.PausesMs, r.LongestMs)
+	return r
+}
+
+// TestP3KillUnderLoad: the daemon dies again and again under two disks with
+// several queues, one under fio with verify, the other under the torture program,
+// which knows every sector. The guest sees pauses, no error, and no wrong byte.
+func TestP3KillUnderLoad(t *testing.T) {
+	e := start(t)
+	e.must(e.Create(e.ctx, "a", "256M"))
+	e.must(e.Create(e.ctx, "b", "256M"))
+	vm := e.boot(qemu.Options{CPUs: 4, Disks: []qemu.Disk{e.disk("a", 4), e.disk("b", 4)}})
+	e.must(vm.Background(e.ctx, "fio", fioMix))
+	e.must(vm.Background(e.ctx, "torture", "torture -device /dev/vdb -workers 16 -stop /tmp/stop -run 4m"))
+	time.Sleep(time.Second)
+	e.kills(8, 2500*time.Millisecond)
+	e.guest(vm, "touch /tmp/stop")
+	e.tortureEnd(vm, "torture")
+	e.Log(e.ok(vm.Join(e.ctx, "fio")))
+	e.powerOff(vm)
+	e.Log(e.ok(e.CLI(e.ctx, "volume", "check", "a")))
+	e.Log(e.ok(e.CLI(e.ctx, "volume", "check", "b")))
+}
+
+// TestP3KillFullRing: as many requests under way as the ring holds, first with
+// indirect descriptors (each request takes one slot), then without them (a
+// request takes several, and the ring is full of chains).
+func TestP3KillFullRing(t *testing.T) {
+	for _, indirect := range []string{"on", "off"} {
+		t.Run("indirect_"+indirect, func(t *testing.T) {
+			e := start(t)
+			e.must(e.Create(e.ctx, "a", "256M"))
+			d := e.disk("a", 1)
+			d.QueueSize, d.Options = 64, "indirect_desc="+indirect
+			vm := e.boot(qemu.Options{Disks: []qemu.Disk{d}})
+			e.must(vm.Background(e.ctx, "torture", "torture -workers 80 -span 2m -stop /tmp/stop -run 4m"))
+			time.Sleep(time.Second)
+			e.kills(4, 1500*time.Millisecond)
+			e.guest(vm, "touch /tmp/stop")
+			e.tortureEnd(vm, "torture")
+			e.powerOff(vm)
+		})
+	}
+}
+
+// TestP3KillBeforeFirstCompletion: the daemon dies around the very first requests
+// of a ring. The guest's driver lets go of the disk and takes it again, which
+// makes new rings and reads the partition table through them.
+func TestP3KillBeforeFirstCompletion(t *testing.T) {
+	e := start(t)
+	e.must(e.Create(e.ctx, "a", "64M"))
+	vm := e.boot(qemu.Options{Disks: []qemu.Disk{e.disk("a", 1)}})
+	e.guest(vm, "dd if=/dev/zero bs=1M count=1 2>/dev/null | tr '\\0' 'S' | dd of=/dev/vda oflag=direct bs=1M 2>/dev/null")
+	for i := range 6 {
+		e.must(vm.Background(e.ctx, "bind", `
+cd /sys/bus/virtio/drivers/virtio_blk
+d=$(ls -d virtio*)
+echo $d >unbind
+echo $d >bind
+dd if=/dev/vda iflag=direct bs=1M count=1 2>/dev/null | tr -d S | wc -c`))
+		time.Sleep(time.Duration(i*i) * 3 * time.Millisecond)
+		e.must(e.Daemon.Kill())
+		e.restart()
+		if out := e.ok(vm.Join(e.ctx, "bind")); out != "0\n" {
+			e.Fatalf("round %d: bytes lost or read wrong: %s", i, out)
+		}
+	}
+	e.powerOff(vm)
+}
+
+// TestP3Upgrade: the daemon is stopped and a rebuilt one takes over, back and
+// forth, killed in between, while the guest goes on.
+func TestP3Upgrade(t *testing.T) {
+	e := start(t)
+	first := e.Programs
+	second, err := rebuilt()
+	e.must(err)
+	e.must(e.Create(e.ctx, "a", "256M"))
+	vm := e.boot(qemu.Options{Disks: []qemu.Disk{e.disk("a", 2)}})
+	e.must(vm.Background(e.ctx, "torture", "torture -workers 8 -stop /tmp/stop -run 4m"))
+	for i := range 4 {
+		time.Sleep(time.Second)
+		if i%2 == 0 {
+			e.must(e.Stop(e.ctx))
+			e.Programs = second
+		} else {
+			e.must(e.Daemon.Kill())
+			e.Programs = first
+		}
+		e.restart()
+	}
+	e.guest(vm, "touch /tmp/stop")
+	e.tortureEnd(vm, "torture")
+	e.powerOff(vm)
+}
+
+// TestP3UnflushedWritesSurvive: what completed without a flush is there after a
+// kill, also for somebody who never wrote it: a helper-socket client reads it.
+func TestP3UnflushedWritesSurvive(t *testing.T) {
+	e := start(t)
+	e.must(e.Create(e.ctx, "a", "64M"))
+	for i := range 5 {
+		// qemu-io with writeback cache and an abort before close: no flush is sent.
+		pattern := fmt.Sprintf("write -P %d %dM 1M", 0x11*(i+1), i)
+		e.qemuIO("a", "-t", "writeback", "-c", pattern, "-c", "sigraise 9")
+		e.must(e.Daemon.Kill())
+		e.restart()
+		for j := range i + 1 {
+			e.qemuIO("a", "-r", "-c", fmt.Sprintf("read -P %d %dM 1M", 0x11*(j+1), j))
+		}
+	}
+}
