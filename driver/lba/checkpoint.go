@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"maps"
+	"slices"
 	"sync/atomic"
 )
 
@@ -269,15 +271,11 @@ func (m *Map) LivePages(object uint32) int {
 	return m.objects[object]
 }
 
-// Objects returns the live pages of all checkpoint objects that have any.
-func (m *Map) Objects() map[uint32]int {
+// Objects returns, ascending, the checkpoint objects that have live pages.
+func (m *Map) Objects() []uint32 {
 	m.objectsMu.Lock()
 	defer m.objectsMu.Unlock()
-	objects := make(map[uint32]int, len(m.objects))
-	for object, pages := range m.objects {
-		objects[object] = pages
-	}
-	return objects
+	return slices.Sorted(maps.Keys(m.objects))
 }
 
 // MarkObjectDirty makes every leaf stored in the object dirty, loading it if

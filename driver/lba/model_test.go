@@ -58,11 +58,10 @@ func (s *pageStore) put(object uint32, page []byte) PageAddr {
 
 // deleteDead drops all objects that no live page is in.
 func (s *pageStore) deleteDead(m *Map) {
-	live := m.Objects()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for addr := range s.pages {
-		if live[addr.Object()] == 0 {
+		if m.LivePages(addr.Object()) == 0 {
 			delete(s.pages, addr)
 		}
 	}
@@ -360,7 +359,7 @@ func (x *machine) Reopen(t *rapid.T) {
 }
 
 func (x *machine) MarkObjectDirty(t *rapid.T) {
-	for object := range x.m.Objects() {
+	for _, object := range x.m.Objects() {
 		if err := x.m.MarkObjectDirty(context.Background(), x.store, object); err != nil {
 			t.Fatal(err)
 		}
@@ -440,8 +439,8 @@ func checkBooks(t interface{ Fatalf(string, ...any) }, m *Map) {
 	if s := m.Stats(); s.ResidentPages != resident || s.DirtyPages != dirty || m.arena.used != resident {
 		t.Fatalf("stats %+v, %d pages handed out; should be %d resident, %d dirty", s, m.arena.used, resident, dirty)
 	}
-	if !maps.Equal(pages, m.Objects()) {
-		t.Fatalf("live pages %v, should be %v", m.Objects(), pages)
+	if !maps.Equal(pages, m.objects) {
+		t.Fatalf("live pages %v, should be %v", m.objects, pages)
 	}
 }
 
