@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"scoria/integration/guest"
 	"scoria/integration/qemu"
 )
 
@@ -178,54 +179,29 @@ func TestP4SecondGuestRefused(t *testing.T) {
 	e.powerOff(first)
 }
 
-// bootSector is the first sector of a disk that says so: 16-bit code, loaded by
-// the BIOS to 0x7c00. It reads the second sector through the BIOS (INT 13h), and
-// so through the vhost-user disk, to 0x7e00, and writes the text there to the
-// first serial port up to its zero byte.
-//
-//	31c0            xor  ax, ax
-//	8ed8 8ec0       mov  ds, ax / mov es, ax
-//	b80102          mov  ax, 0x0201     ; read one sector
-//	b90200          mov  cx, 2          ; cylinder 0, sector 2
-//	b600            mov  dh, 0          ; head 0; dl is the boot drive
-//	bb007e          mov  bx, 0x7e00
-//	cd13            int  0x13
-//	721a            jc   stop
-//	be007e          mov  si, 0x7e00
-//	ac        next: lodsb
-//	84c0            test al, al
-//	7412            jz   stop
-//	88c4            mov  ah, al
-//	bafd03    wait: mov  dx, 0x3fd      ; line status
-//	ec              in   al, dx
-//	a820            test al, 0x20       ; room to send
-//	74f8            jz   wait
-//	88e0            mov  al, ah
-//	baf803          mov  dx, 0x3f8
-//	ee              out  dx, al
-//	ebe9            jmp  next
-//	f4        stop: hlt
-//	ebfd            jmp  stop
-var bootSector = []byte{
-	0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0xb8, 0x01, 0x02, 0xb9, 0x02, 0x00, 0xb6, 0x00, 0xbb, 0x00, 0x7e, 0xcd, 0x13,
-	0x72, 0x1a, 0xbe, 0x00, 0x7e, 0xac, 0x84, 0xc0, 0x74, 0x12, 0x88, 0xc4, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x20, 0x74, 0xf8,
-	0x88, 0xe0, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xe9, 0xf4, 0xeb, 0xfd,
-}
-
-// TestGuestBootsFromVolume: the BIOS boots from a volume with 512-byte blocks.
+// TestGuestBootsFromVolume: the BIOS loads GRUB from a volume with 512-byte
+// blocks, GRUB the kernel and its initramfs, and Linux finds the same disk. The
+// second time the daemon dies while GRUB reads the kernel, with the BIOS's driver.
 func TestGuestBootsFromVolume(t *testing.T) {
 	e := start(t)
-	e.must(e.Create(e.ctx, "boot", "16M"))
-	const text = "scoria: booted from the volume"
-	disk := make([]byte, 4096)
-	copy(disk, bootSector)
-	disk[510], disk[511] = 0x55, 0xaa
-	copy(disk[512:], text)
+	const size = 64 << 20
+	e.must(e.Create(e.ctx, "boot", "64M"))
 	file := filepath.Join(scratch(t, false), "boot.raw")
-	e.must(os.WriteFile(file, disk, 0o600))
+	e.must(guest.WriteBootDisk(e.ctx, file, size))
 	e.run("nbdcopy", file, e.NBD("boot"))
-	d := e.disk("boot", 1)
-	d.Boot = true
-	vm := e.launch(qemu.Options{Disks: []qemu.Disk{d}})
-	e.must(vm.ConsoleHas(e.ctx, text))
+	for _, kill := range []bool{false, true} {
+		d := e.disk("boot", 1)
+		d.Boot = true
+		vm := e.launch(qemu.Options{Disks: []qemu.Disk{d}})
+		e.must(vm.ConsoleHas(e.ctx, guest.GrubGreeting))
+		if kill {
+			e.must(e.Daemon.Kill())
+			e.restart()
+		}
+		e.must(vm.Reattach(e.ctx))
+		if n := e.guest(vm, "mount -o ro /dev/vda1 /mnt && ls /mnt/vmlinuz && umount /mnt"); n != "/mnt/vmlinuz" {
+			t.Fatalf("the guest finds %q on its disk", n)
+		}
+		e.powerOff(vm)
+	}
 }

@@ -39,6 +39,7 @@ var needs = []need{
 	{"nbdkit", []string{"nbdkit"}, "a peer of the benchmarks"},
 	{"busybox-static", []string{"busybox"}, "the test guests' user space"},
 	{"e2fsprogs", []string{"mke2fs", "e2fsck", "resize2fs"}, "makes and checks file systems, in the guest and outside"},
+	{"libdevmapper1.02.1", []string{"/usr/lib/x86_64-linux-gnu/libdevmapper.so.1.02.1"}, "GRUB's image maker links with it"},
 	{"util-linux", []string{"blkdiscard", "fstrim"}, "gives space back in the guest"},
 	{"zstd", []string{"zstd"}, "unpacks kernel modules"},
 	{"xz-utils", []string{"xz"}, "unpacks kernel modules"},
@@ -60,16 +61,23 @@ func run(ctx context.Context) error {
 			missing = append(missing, n)
 		}
 	}
-	_, err := guest.FindKernel()
-	wantKernel := errors.Is(err, fs.ErrNotExist)
-	switch {
-	case err != nil && !wantKernel:
-		return err
-	case len(missing) == 0 && !wantKernel:
+	var fetch []unpacked
+	for _, u := range unpackedNeeds {
+		err := u.find()
+		if errors.Is(err, fs.ErrNotExist) {
+			fetch = append(fetch, u)
+		} else if err != nil {
+			return err
+		}
+	}
+	if len(missing) == 0 && len(fetch) == 0 {
 		return nil
 	}
 	if _, err := exec.LookPath("apt-get"); err != nil {
-		return fmt.Errorf("this machine lacks %s, and there is no apt to install it with: install it by hand", names(missing, wantKernel))
+		return fmt.Errorf("this machine lacks %s, and there is no apt to install it with: install it by hand", names(missing, fetch))
+	}
+	if len(missing) > 0 && os.Geteuid() != 0 {
+		return fmt.Errorf("must be root to install %s", names(missing, nil))
 	}
 	if err := apt(ctx, "update"); err != nil {
 		return err
@@ -79,21 +87,36 @@ func run(ctx context.Context) error {
 			return err
 		}
 	}
-	if wantKernel {
-		fmt.Println("deps: fetching the guest's kernel package (unpacked into .cache, not installed)")
-		k, err := guest.FetchKernel(ctx)
-		if err != nil {
+	for _, u := range fetch {
+		fmt.Printf("deps: fetching %s: %s (unpacked into .cache, not installed)\n", u.name, u.reason)
+		if err := u.fetch(ctx); err != nil {
 			return err
 		}
-		fmt.Println("deps: guest kernel", k.Version)
 	}
 	return nil
 }
 
+// unpacked is something that is taken out of its packages without installing
+// them, since installed they would change how this machine boots.
+type unpacked struct {
+	name, reason string
+	find         func() error // fs.ErrNotExist if it isn't there
+	fetch        func(context.Context) error
+}
+
+var unpackedNeeds = []unpacked{
+	{
+		name: "a guest kernel", reason: "the test guests boot it",
+		find:  func() error { _, err := guest.FindKernel(); return err },
+		fetch: func(ctx context.Context) error { _, err := guest.FetchKernel(ctx); return err },
+	},
+	{
+		name: "GRUB", reason: "a test guest boots from a volume with it",
+		find: guest.FindGrub, fetch: guest.FetchGrub,
+	},
+}
+
 func install(ctx context.Context, missing []need) error {
-	if os.Geteuid() != 0 {
-		return fmt.Errorf("must be root to install %s", names(missing, false))
-	}
 	args := []string{"install", "-y", "--no-install-recommends"}
 	for _, n := range missing {
 		fmt.Printf("deps: installing %s: %s\n", n.pkg, n.reason)
@@ -147,13 +170,13 @@ func exists(name string) bool {
 	return false
 }
 
-func names(missing []need, kernel bool) string {
+func names(missing []need, fetch []unpacked) string {
 	var s []string
 	for _, n := range missing {
 		s = append(s, n.pkg)
 	}
-	if kernel {
-		s = append(s, "a guest kernel")
+	for _, u := range fetch {
+		s = append(s, u.name)
 	}
 	return strings.Join(s, ", ")
 }

@@ -66,33 +66,38 @@ func FetchKernel(ctx context.Context) (Kernel, error) {
 	if err != nil {
 		return Kernel{}, err
 	}
-	// Built aside and renamed, so that an interrupted download leaves nothing
-	// that looks complete.
+	if err := fetchPackages(ctx, dir, packages); err != nil {
+		return Kernel{}, err
+	}
+	return FindKernel()
+}
+
+// fetchPackages downloads packages and unpacks them into dir, replacing it. They
+// are not installed. The directory is built aside and renamed, so that an
+// interrupted download leaves nothing that looks complete.
+func fetchPackages(ctx context.Context, dir string, packages []string) error {
 	tmp := dir + ".new"
 	if err := errors.Join(os.RemoveAll(tmp), os.MkdirAll(tmp, 0o755)); err != nil {
-		return Kernel{}, err
+		return err
 	}
 	for _, p := range packages {
 		if _, err := bed.Run(ctx, "sh", "-c", `cd "$1" && apt-get download -q "$2"`, "sh", tmp, p); err != nil {
-			return Kernel{}, err
+			return err
 		}
 	}
 	debs, err := filepath.Glob(filepath.Join(tmp, "*.deb"))
 	if err != nil {
-		return Kernel{}, err
+		return err
 	}
 	for _, deb := range debs {
 		if _, err := bed.Run(ctx, "dpkg-deb", "-x", deb, tmp); err != nil {
-			return Kernel{}, err
+			return err
 		}
 		if err := os.Remove(deb); err != nil {
-			return Kernel{}, err
+			return err
 		}
 	}
-	if err := errors.Join(os.RemoveAll(dir), os.Rename(tmp, dir)); err != nil {
-		return Kernel{}, err
-	}
-	return FindKernel()
+	return errors.Join(os.RemoveAll(dir), os.Rename(tmp, dir))
 }
 
 var kernelDepend = regexp.MustCompile(`(?m)^\s*(?:Pre)?Depends: (linux-(?:image|modules)-\S*\d\S*)$`)
