@@ -81,3 +81,61 @@ func BenchmarkGetRange16(b *testing.B) {
 		m.GetRange(rng.Uint64()%benchClusters&^15, dst[:])
 	}
 }
+
+// BenchmarkSetFirstInGeneration is the slow path: each write is the first to
+// its leaf since a checkpoint began, and a running checkpoint needs a copy.
+func BenchmarkSetFirstInGeneration(b *testing.B) {
+	m := residentMap(b)
+	const leaves = benchClusters / LeafClusters
+	loc := Location(2)
+	c := m.BeginCheckpoint()
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		if i%leaves == 0 {
+			b.StopTimer()
+			c.Abort()
+			c = m.BeginCheckpoint()
+			b.StartTimer()
+		}
+		m.Set(uint64(i%leaves)*LeafClusters, loc)
+		loc += 1 << locClusterShift
+	}
+	b.StopTimer()
+	c.Abort()
+}
+
+// BenchmarkCheckpoint64GiB writes and commits all leaves of 64 GiB, nowhere.
+func BenchmarkCheckpoint64GiB(b *testing.B) {
+	m := residentMap(b)
+	b.SetBytes(benchClusters * 8)
+	for object := uint32(1); b.Loop(); object++ {
+		c := m.BeginCheckpoint()
+		page := uint32(0)
+		_ = c.WritePages(func(uint64, []byte) (PageAddr, error) {
+			page++
+			return MakePageAddr(object, page), nil
+		})
+		c.Commit()
+		b.StopTimer()
+		m.MarkObjectDirty(background, nil, object)
+		b.StartTimer()
+	}
+}
+
+func BenchmarkClearEmpty64TiB(b *testing.B) {
+	m := newMap(b, MaxClusters)
+	for b.Loop() {
+		m.Clear(0, MaxClusters, nil)
+	}
+}
+
+func BenchmarkClearAndSet1GiB(b *testing.B) {
+	m := newMap(b, benchClusters)
+	var freed uint64
+	for b.Loop() {
+		for lba := uint64(0); lba < spanLeaves*LeafClusters; lba++ {
+			m.Set(lba, 1)
+		}
+		m.Clear(0, spanLeaves*LeafClusters, func(Location) { freed++ })
+	}
+}

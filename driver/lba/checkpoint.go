@@ -11,7 +11,7 @@ import (
 
 // maxUncommitted bounds how many generations may lie between the oldest dirty leaf
 // and now; far below 1<<genBits, so that no old generation looks current.
-const maxUncommitted = 1 << 20
+const maxUncommitted = 1 << 16
 
 // Checkpoint is the map as it was at one BeginCheckpoint. Its methods are
 // called from one goroutine, outside the gate, in the order WritePages,
