@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -132,12 +133,17 @@ func (p *process) waitFor(ctx context.Context, what string, ready func() bool) e
 	return nil
 }
 
-// settle waits until the process has nearly stopped using the CPU: what it does
-// in the background must not weigh on the next measurement. At most limit.
+// settle waits until the process has nearly stopped using the CPU and writing to
+// disks: what it does in the background must not weigh on the next measurement.
+// At most limit.
 func (p *process) settle(ctx context.Context, limit time.Duration) error {
-	const step = 100 * time.Millisecond
+	const (
+		step       = 100 * time.Millisecond
+		quietCPU   = step / 10
+		quietBytes = 1 << 20
+	)
 	end := time.Now().Add(limit)
-	last, err := load.ReadUsage(p.pid())
+	last, err := p.activity()
 	for err == nil && time.Now().Before(end) {
 		select {
 		case <-ctx.Done():
@@ -146,13 +152,37 @@ func (p *process) settle(ctx context.Context, limit time.Duration) error {
 			return fmt.Errorf("%s died: %s", p.name, p.out.String())
 		case <-time.After(step):
 		}
-		var now load.Usage
-		if now, err = load.ReadUsage(p.pid()); err == nil && now.CPU-last.CPU <= step/10 {
+		var now activity
+		if now, err = p.activity(); err == nil && now.cpu-last.cpu <= quietCPU && now.written-last.written <= quietBytes {
 			return nil
 		}
 		last = now
 	}
 	return err
+}
+
+// activity is what settle looks at.
+type activity struct {
+	cpu     time.Duration
+	written uint64 // bytes, to block devices
+}
+
+func (p *process) activity() (activity, error) {
+	u, err := load.ReadUsage(p.pid())
+	if err != nil {
+		return activity{}, err
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", p.pid()))
+	if err != nil {
+		return activity{}, err
+	}
+	a := activity{cpu: u.CPU}
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, "write_bytes: "); ok {
+			a.written, err = strconv.ParseUint(strings.TrimSpace(v), 10, 64)
+		}
+	}
+	return a, err
 }
 
 func exists(path string) func() bool {

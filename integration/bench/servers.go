@@ -76,6 +76,7 @@ func startPeer(ctx context.Context, dir string, size uint64, cpu, pollNs int) (*
 type scoriad struct {
 	bin       string // directory of the programs
 	data, run string
+	config    string // file
 	args      []string
 	proc      *process
 }
@@ -83,7 +84,7 @@ type scoriad struct {
 // start starts the daemon and waits for its control socket.
 func (d *scoriad) start(ctx context.Context, cpu int) error {
 	os.Remove(d.control())
-	args := append([]string{"--data-dir", d.data, "--run-dir", d.run}, d.args...)
+	args := append([]string{"--config", d.config}, d.args...)
 	proc, err := startPinned(cpu, filepath.Join(d.bin, "scoriad"), args...)
 	if err != nil {
 		return fmt.Errorf("%w (make build makes it)", err)
@@ -120,7 +121,7 @@ func (d *scoriad) socket(name string) string {
 	return filepath.Join(d.run, "vhost", "default", name+".sock")
 }
 
-// startScoria starts a daemon with one volume.
+// startVolume starts the daemon and makes one volume.
 func (d *scoriad) startVolume(ctx context.Context, size uint64, cpu int) (*server, error) {
 	if err := d.start(ctx, cpu); err != nil {
 		return nil, err

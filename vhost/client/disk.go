@@ -284,7 +284,11 @@ func (dq *diskQueue) reap() {
 		if idle || err != nil {
 			// Not the queue's own sleep: that would return at once while the
 			// connection is lost. Loss, return and Close all write to it.
-			dq.q.drainCall()
+			if err := dq.q.drainCall(); err != nil {
+				dq.mu.Lock()
+				dq.err = err
+				dq.mu.Unlock()
+			}
 		}
 	}
 }

@@ -331,14 +331,8 @@ func (q *Queue) sleep(timeout time.Duration) error {
 		}
 	}
 	q.waits++
-	for {
-		_, err := unix.Read(q.callFD, q.got[:])
-		if err == nil {
-			break
-		}
-		if !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("read call eventfd: %w", err)
-		}
+	if err := q.drainCall(); err != nil {
+		return err
 	}
 	if fault := q.fault.Load(); fault != nil && !q.ring.Pending() {
 		return *fault
@@ -346,8 +340,23 @@ func (q *Queue) sleep(timeout time.Duration) error {
 	return nil
 }
 
-// drainCall sleeps until the call eventfd is written to, for any reason.
-func (q *Queue) drainCall() { unix.Read(q.callFD, q.got[:]) }
+// drainCall sleeps until the call eventfd is written to, for any reason. Some
+// servers (QEMU's) make every descriptor that they are given non-blocking, which
+// this end then is too; that is undone, so that one system call remains enough.
+func (q *Queue) drainCall() error {
+	for {
+		_, err := unix.Read(q.callFD, q.got[:])
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, unix.EAGAIN):
+			err = unix.SetNonblock(q.callFD, false)
+		}
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("call eventfd: %w", err)
+		}
+	}
+}
 
 // Wake ends a Wait from any goroutine.
 func (q *Queue) Wake() {

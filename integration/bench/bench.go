@@ -1,0 +1,294 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"scoria/vhost/client"
+	"scoria/vhost/client/load"
+)
+
+// bench is one run of the program.
+type bench struct {
+	cfg      *config
+	dataDir  string // scratch, on the disk
+	shmDir   string // scratch, on tmpfs
+	results  results
+	figures  []figure  // rows that are no ratios of workloads
+	problems []problem // rows that could not be measured
+	started  time.Time
+}
+
+// results are measurements by workload and server, one per round; nil where a
+// round failed.
+type results map[string]map[string][]*load.Result
+
+func (r results) put(workload, server string, round int, res load.Result) {
+	if r[workload] == nil {
+		r[workload] = map[string][]*load.Result{}
+	}
+	list := r[workload][server]
+	for len(list) <= round {
+		list = append(list, nil)
+	}
+	list[round] = &res
+	r[workload][server] = list
+}
+
+// problem is why a row has no figure.
+type problem struct {
+	Row   string `json:"row"`
+	Error string `json:"error"`
+}
+
+func (b *bench) fail(row string, err error) {
+	if err == nil || errors.Is(err, context.Canceled) {
+		return
+	}
+	fmt.Fprintf(os.Stderr, "%s: %v\n", row, err)
+	b.problems = append(b.problems, problem{Row: row, Error: err.Error()})
+}
+
+func (b *bench) wants(row string) bool { return b.cfg.rows.MatchString(row) }
+
+// say tells the user what goes on.
+func (b *bench) say(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "[%3.0fs] %s\n", time.Since(b.started).Seconds(), fmt.Sprintf(format, args...))
+}
+
+func (b *bench) prepare() (err error) {
+	b.started = time.Now()
+	if b.cfg.list {
+		return nil
+	}
+	if b.dataDir, err = os.MkdirTemp(b.cfg.dataDir, "scoria-bench-"); err != nil {
+		return fmt.Errorf("-data-dir: %w", err)
+	}
+	if b.shmDir, err = os.MkdirTemp(b.cfg.shmDir, "scoria-bench-"); err != nil {
+		return fmt.Errorf("-shm-dir: %w", err)
+	}
+	return nil
+}
+
+func (b *bench) cleanup() {
+	for _, dir := range []string{b.dataDir, b.shmDir} {
+		if dir != "" {
+			os.RemoveAll(dir)
+		}
+	}
+}
+
+// measure runs all rows that are wanted.
+func (b *bench) measure(ctx context.Context) {
+	if b.cfg.list {
+		return
+	}
+	for _, placement := range []string{placementA, placementD} {
+		if b.wantsPlacement(placement) {
+			b.fail("placement "+placement, b.measurePlacement(ctx, placement))
+		}
+	}
+	if !b.cfg.servers[scoriaName] {
+		return
+	}
+	for _, row := range []struct {
+		name string
+		do   func(context.Context) error
+	}{{rowSustained, b.measureSustained}, {rowIdle, b.measureIdle}, {rowRestart, b.measureRestart}, {rowRestartTiB, b.measureRestartTiB}} {
+		if b.wants(row.name) && ctx.Err() == nil {
+			b.fail(row.name, row.do(ctx))
+		}
+	}
+}
+
+func (b *bench) wantsPlacement(placement string) bool {
+	for _, w := range workloads() {
+		if w.placement == placement && b.wants(w.name) {
+			return true
+		}
+	}
+	return placement == placementA && (b.wants(rowTailRead) || b.wants(rowTailWrite))
+}
+
+// volumeBytes is the size of the disk that is measured.
+func (b *bench) volumeBytes() uint64 { return max(1<<30, uint64(b.cfg.region)) }
+
+// measurePlacement starts the servers, fills the region and goes through the
+// rounds.
+func (b *bench) measurePlacement(ctx context.Context, placement string) error {
+	b.say("placement %s: starting %v", placement, b.serverNames())
+	servers, err := b.startServers(ctx, placement)
+	defer func() {
+		for _, s := range servers {
+			s.close()
+		}
+	}()
+	if err != nil {
+		return err
+	}
+	for _, s := range servers {
+		if err := s.connect(client.Options{QueueSize: 256, MemoryBytes: 32 << 20}); err != nil {
+			return err
+		}
+		if err := load.Fill(ctx, s.client, 0, uint64(b.cfg.region)); err != nil {
+			return fmt.Errorf("%s: fill: %w", s.name, err)
+		}
+		if err := s.proc.settle(ctx, settleLimit); err != nil {
+			return err
+		}
+	}
+	for round := range b.cfg.rounds {
+		b.say("placement %s: round %d of %d", placement, round+1, b.cfg.rounds)
+		if err := b.round(ctx, placement, round, servers); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *bench) serverNames() (names []string) {
+	for _, n := range []string{scoriaName, peerName} {
+		if b.cfg.servers[n] {
+			names = append(names, n)
+		}
+	}
+	return names
+}
+
+func (b *bench) startServers(ctx context.Context, placement string) (servers []*server, err error) {
+	peerPoll, poll := b.cfg.peerPoll, b.cfg.poll
+	if placement == placementD {
+		peerPoll, poll = 0, 0
+	}
+	if b.cfg.servers[scoriaName] {
+		d, err := b.newScoriad(placement, poll, b.cfg.buffer)
+		if err != nil {
+			return nil, err
+		}
+		s, err := d.startVolume(ctx, b.volumeBytes(), b.cfg.serverCPU)
+		if err != nil {
+			return nil, err
+		}
+		servers = append(servers, s)
+	}
+	if b.cfg.servers[peerName] {
+		s, err := startPeer(ctx, b.shmDir, b.volumeBytes(), b.cfg.serverCPU, int(peerPoll))
+		if err != nil {
+			return servers, err
+		}
+		servers = append(servers, s)
+	}
+	return servers, nil
+}
+
+// round runs every workload once on every server. The order of the servers
+// changes from round to round.
+func (b *bench) round(ctx context.Context, placement string, round int, servers []*server) error {
+	order := append([]*server(nil), servers...)
+	if round%2 == 1 {
+		for i, j := 0, len(order)-1; i < j; i, j = i+1, j-1 {
+			order[i], order[j] = order[j], order[i]
+		}
+	}
+	for _, w := range workloads() {
+		if w.placement != placement || !b.wantsForTail(w.name) && !b.wants(w.name) {
+			continue
+		}
+		for _, s := range order {
+			if w.scoria && s.name != scoriaName {
+				continue
+			}
+			if err := b.one(ctx, w, round, s); err != nil {
+				return err
+			}
+		}
+		if w.name == rowFlush1 && b.cfg.servers[scoriaName] {
+			if err := b.measureDiskSync(ctx, round); err != nil {
+				return err
+			}
+		}
+	}
+	if placement == placementA {
+		return b.tails(ctx, round, servers)
+	}
+	return nil
+}
+
+// wantsForTail: the tail rows need the rate of these.
+func (b *bench) wantsForTail(name string) bool {
+	return name == "A-write-d32" && b.wants(rowTailWrite) || name == "A-read-d32" && b.wants(rowTailRead)
+}
+
+// one measures a workload on a server.
+func (b *bench) one(ctx context.Context, w workload, round int, s *server) error {
+	spec := w.spec
+	spec.RegionBytes = uint64(b.cfg.region)
+	spec.Duration, spec.Warmup = b.cfg.seconds, b.cfg.seconds/10
+	spec.Seed = uint64(round) + 1
+	spec.ServerPID = s.proc.pid()
+	spec.CPUs = []int{b.cfg.serverCPU}
+	if w.placement == placementA {
+		spec.CPUs, spec.Poll = []int{b.cfg.clientCPU}, true
+	}
+	if spec.ReadPercent < 100 {
+		block := uint64(max(spec.BlockBytes, 4096))
+		spec.MaxOps = max(1, uint64(b.cfg.burst)/block*100/uint64(100-spec.ReadPercent))
+	}
+	res, err := load.Run(ctx, s.client, spec)
+	if err != nil {
+		return fmt.Errorf("%s on %s: %w", w.name, s.name, err)
+	}
+	b.results.put(w.name, s.name, round, res)
+	if err := s.proc.settle(ctx, settleLimit); err != nil {
+		return fmt.Errorf("%s on %s: %w", w.name, s.name, err)
+	}
+	return nil
+}
+
+// tails measures at half the rate that this round has shown.
+func (b *bench) tails(ctx context.Context, round int, servers []*server) error {
+	for _, t := range []struct {
+		row, of string
+		percent int
+	}{{rowTailWrite, "A-write-d32", 0}, {rowTailRead, "A-read-d32", 100}} {
+		full := b.results[t.of][scoriaName]
+		if !b.wants(t.row) || len(full) <= round || full[round] == nil {
+			continue
+		}
+		w := workload{name: t.row, placement: placementA}
+		w.spec = load.Spec{Random: true, Depth: 32, ReadPercent: t.percent, Rate: full[round].IOPS / 2}
+		for _, s := range servers {
+			if s.name != scoriaName {
+				continue
+			}
+			if err := b.one(ctx, w, round, s); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// newScoriad prepares a daemon with fresh directories.
+func (b *bench) newScoriad(name string, poll time.Duration, buffer int64) (*scoriad, error) {
+	d := &scoriad{
+		bin: b.cfg.bin, args: b.cfg.scoriadArgs,
+		data: filepath.Join(b.dataDir, name), run: filepath.Join(b.shmDir, name),
+		config: filepath.Join(b.shmDir, name+".toml"),
+	}
+	for _, dir := range []string{d.data, d.run} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, err
+		}
+	}
+	text := fmt.Sprintf("data_dir = %q\nrun_dir = %q\n[write_buffer]\nsize = \"%d\"\n[vhost]\nworkers = 1\npoll = %q\n",
+		d.data, d.run, buffer, poll)
+	if err := os.WriteFile(d.config, []byte(text), 0o644); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
