@@ -223,7 +223,9 @@ func (m *Map) RestoreDirectory(entries iter.Seq2[uint64, PageAddr], mapped uint6
 	m.objectsMu.Lock()
 	defer m.objectsMu.Unlock()
 	next, leaves := uint64(0), uint64(0)
-	object, pages := uint32(0), 0 // a run of pages in one object is counted at once
+	// Counts are gathered per stretch; nobody else sees the map yet.
+	object, pages := uint32(0), 0
+	span, used := uint64(0), uint32(0)
 	for leaf, addr := range entries {
 		switch {
 		case leaf < next:
@@ -233,18 +235,23 @@ func (m *Map) RestoreDirectory(entries iter.Seq2[uint64, PageAddr], mapped uint6
 		case addr.Object() == 0:
 			return fmt.Errorf("%w: leaf %d has object number 0", ErrDirectory, leaf)
 		}
-		m.stored(leaf).Store(uint64(addr))
-		m.setEntry(leaf, flagStored)
-		m.span(leaf).Add(1)
 		if addr.Object() != object {
 			m.count(MakePageAddr(object, 0), pages)
 			object, pages = addr.Object(), 0
 		}
+		if leaf/spanLeaves != span {
+			m.span(span * spanLeaves).Store(used)
+			span, used = leaf/spanLeaves, 0
+		}
+		*plainWord(m.base+storedOffset, leaf) = uint64(addr)
+		*plainWord(m.base+dirOffset, leaf) = uint64(flagStored)
 		pages++
+		used++
 		leaves++
 		next = leaf + 1
 	}
 	m.count(MakePageAddr(object, 0), pages)
+	m.span(span * spanLeaves).Store(used)
 	if mapped < leaves || mapped > min(leaves*LeafClusters, m.clusters.Load()) {
 		return fmt.Errorf("%w: %d clusters mapped in %d leaves", ErrDirectory, mapped, leaves)
 	}

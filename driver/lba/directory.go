@@ -70,8 +70,8 @@ const (
 // shadowEmpty in the shadow table stands for a page of zeroes.
 const shadowEmpty = 1
 
-func (m *Map) entry(leaf uint64) entry           { return entry(word(m.base, leaf).Load()) }
-func (m *Map) setEntry(leaf uint64, e entry)     { word(m.base, leaf).Store(uint64(e)) }
+func (m *Map) entry(leaf uint64) entry           { return entry(word(m.base+dirOffset, leaf).Load()) }
+func (m *Map) setEntry(leaf uint64, e entry)     { word(m.base+dirOffset, leaf).Store(uint64(e)) }
 func (m *Map) stored(leaf uint64) *atomic.Uint64 { return word(m.base+storedOffset, leaf) }
 func (m *Map) shadow(leaf uint64) *atomic.Uint64 { return word(m.base+shadowOffset, leaf) }
 func (m *Map) span(leaf uint64) *atomic.Uint32   { return word32(m.base+spanOffset, leaf/spanLeaves) }

@@ -294,6 +294,9 @@ func FuzzDecodeRoot(f *testing.F) {
 			}
 			return
 		}
+		if r.Clusters > 1<<20 {
+			return // a few bytes can stand for the largest volume; this costs time only
+		}
 		again, err := DecodeRoot(encodeRoot(t, r))
 		if err != nil {
 			t.Fatal(err)

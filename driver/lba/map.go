@@ -79,7 +79,7 @@ func (m *Map) Get(lba uint64) (Location, bool) {
 	if lba >= m.clusters.Load() {
 		return 0, true
 	}
-	at := word(m.base, lba/LeafClusters)
+	at := word(m.base+dirOffset, lba/LeafClusters)
 	for {
 		e := entry(at.Load())
 		if e&flagResident == 0 {

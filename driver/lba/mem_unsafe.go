@@ -25,6 +25,11 @@ func word(base uintptr, i uint64) *atomic.Uint64 {
 	return (*atomic.Uint64)(unsafe.Add(unsafe.Pointer(nil), base+uintptr(i)*8))
 }
 
+// plainWord is word for a map that nobody else sees yet.
+func plainWord(base uintptr, i uint64) *uint64 {
+	return (*uint64)(unsafe.Add(unsafe.Pointer(nil), base+uintptr(i)*8))
+}
+
 // word32 returns the i-th 32-bit word from base on.
 func word32(base uintptr, i uint64) *atomic.Uint32 {
 	return (*atomic.Uint32)(unsafe.Add(unsafe.Pointer(nil), base+uintptr(i)*4))
