@@ -32,3 +32,16 @@ func contains(b []byte, addr uintptr) bool {
 func AlignedTo(b []byte, align uintptr) bool {
 	return uintptr(unsafe.Pointer(unsafe.SliceData(b)))&(align-1) == 0
 }
+
+// GuestAddr returns the guest address of b, a slice that t returned.
+func (t *Table) GuestAddr(b []byte) (uint64, bool) {
+	p := uintptr(unsafe.Pointer(unsafe.SliceData(b)))
+	for i := range t.byGuest {
+		r := &t.byGuest[i]
+		off := p - uintptr(unsafe.Pointer(unsafe.SliceData(r.Data)))
+		if off < uintptr(len(r.Data)) {
+			return r.GuestAddr + uint64(off), true
+		}
+	}
+	return 0, false
+}

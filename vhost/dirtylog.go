@@ -1,0 +1,58 @@
+package vhost
+
+import (
+	"errors"
+	"fmt"
+
+	"scoria/shm/mem"
+)
+
+// logPage is the unit of the dirty log (VHOST_LOG_PAGE).
+const logPage = 4096
+
+var errLogRange = errors.New("address is not covered by the dirty log")
+
+// dirtyLog is the bitmap of guest pages that live migration must copy again:
+// one bit per page from guest address 0. Only workers mark.
+type dirtyLog struct {
+	mapping *mem.Mapping
+	pages   uint64
+}
+
+func newDirtyLog(m *mem.Mapping) (*dirtyLog, error) {
+	b := m.Bytes()
+	if !mem.AlignedTo(b, 4) {
+		return nil, fmt.Errorf("dirty log: offset is no multiple of 4: %w", mem.ErrRange)
+	}
+	return &dirtyLog{mapping: m, pages: 8 * uint64(len(b)&^3)}, nil
+}
+
+// mark marks the pages of [addr, addr+n). It must be called after the pages
+// were written: then the front end, which clears a bit before it copies the
+// page, can't miss the change.
+func (l *dirtyLog) mark(addr, n uint64) error {
+	if n == 0 {
+		return nil
+	}
+	first, last := addr/logPage, (addr+n-1)/logPage
+	if last >= l.pages || last < first {
+		return fmt.Errorf("%d bytes at %#x, log of %d pages: %w", n, addr, l.pages, errLogRange)
+	}
+	words := l.mapping.Bytes()
+	for page := first; page <= last; page++ {
+		orWord(words, page/32, 1<<(page%32))
+	}
+	return nil
+}
+
+// markSlice marks memory that was found through t.
+func (l *dirtyLog) markSlice(t *mem.Table, b []byte) error {
+	if len(b) == 0 {
+		return nil
+	}
+	addr, ok := t.GuestAddr(b)
+	if !ok {
+		panic("vhost: slice of no region")
+	}
+	return l.mark(addr, uint64(len(b)))
+}

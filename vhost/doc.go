@@ -1,0 +1,48 @@
+// Package vhost is the vhost-user-blk front end: it serves block.Devices to
+// QEMU, or to any other vhost-user client, over unix sockets. It is the "back
+// end" of the vhost-user protocol and the "device" of virtio-blk.
+//
+// Sources: QEMU's docs/interop/vhost-user.rst, virtio 1.1 section 5.2, and the
+// behaviour of QEMU 7.2 where they leave room.
+//
+// # Goroutines
+//
+//   - Server: a fixed number of workers, each locked to its thread, and one
+//     watchdog that frees a worker from a call eventfd that its owner made
+//     blocking and filled.
+//   - Endpoint: one that accepts connections.
+//   - session: one that reads messages, changes the session's state and
+//     answers; a second, short-lived one sends notices of a resize.
+//
+// A queue, once started, belongs to one worker: only that goroutine touches its
+// rings, its in-flight region and the dirty log. The session changes a running
+// queue by sending the worker a function to run between two passes (worker.do).
+// Requests that the device takes over complete on any goroutine, which pushes
+// them on the worker's lock-free list and wakes it if it sleeps.
+//
+// Lock order: Server.mu, Endpoint.mu, session.mu. No lock is held while a
+// worker is waited for. The workers take none of them in the steady state.
+//
+// # Polling
+//
+// A worker passes over its active queues without asking the kernel. A queue
+// that finds nothing to do is polled for its window, then asks the driver for
+// kicks and becomes inactive. The window doubles when polling finds work and
+// shrinks to nothing when it does not, as is the case when the client shares
+// the CPU; then, seldom, a single window probes whether that changed. Time
+// polled in vain is bounded by Config.PollCPU. With no active queue the worker
+// sleeps in epoll_wait.
+//
+// # Memory
+//
+// Guest memory is unmapped when the session has dropped it and no request in
+// flight points to it. A fault on it (the front end shrank its file) is
+// recovered from, and ends that session only.
+//
+// # When a session ends
+//
+// Rings stop, requests that wait for room are canceled, and requests that did
+// not succeed for that reason are left in the in-flight area instead of being
+// failed: the guest may be alive and its front end connect again, and then they
+// are resubmitted.
+package vhost

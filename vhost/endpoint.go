@@ -1,0 +1,155 @@
+package vhost
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+)
+
+// quietTime is how long equal reasons of disconnects are not logged again: a
+// front end that fails may come back every second.
+const quietTime = time.Minute
+
+// Endpoint is one volume's socket.
+type Endpoint struct {
+	srv    *Server
+	name   string
+	path   string
+	open   OpenFunc
+	ln     *net.UnixListener
+	log    zerolog.Logger
+	ctx    context.Context
+	cancel context.CancelFunc
+
+	counters  counters
+	accepting chan struct{} // closed when the accept loop has ended
+
+	mu         sync.Mutex
+	sessions   map[*session]struct{}
+	closed     bool
+	reason     string
+	reasonTime time.Time
+	loggedTime time.Time
+}
+
+// accept starts a session for each connection until the listener is closed.
+func (e *Endpoint) accept() {
+	defer close(e.accepting)
+	for {
+		conn, err := e.ln.AcceptUnix()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil { // out of descriptors, likely: it passes
+			e.log.Error().Err(err).Msg("accepting a vhost-user connection")
+			select {
+			case <-time.After(100 * time.Millisecond):
+			case <-e.ctx.Done():
+				return
+			}
+			continue
+		}
+		e.counters.connections.Add(1)
+		s := newSession(e, conn)
+		e.mu.Lock()
+		if e.closed {
+			e.mu.Unlock()
+			conn.Close()
+			e.srv.sessionEnded()
+			return
+		}
+		e.sessions[s] = struct{}{}
+		e.mu.Unlock()
+		go s.run()
+	}
+}
+
+// Close removes the socket, ends the sessions and waits for them.
+func (e *Endpoint) Close() {
+	e.mu.Lock()
+	first := !e.closed
+	e.closed = true
+	e.mu.Unlock()
+	if first {
+		_ = os.Remove(e.path)
+		e.ln.Close()
+		e.cancel()
+	}
+	<-e.accepting
+	for _, s := range e.others(nil) {
+		s.fail(ErrServerClosed)
+		<-s.done
+	}
+	e.srv.mu.Lock()
+	delete(e.srv.endpoints, e)
+	e.srv.mu.Unlock()
+}
+
+// others returns all sessions but one.
+func (e *Endpoint) others(but *session) []*session {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var all []*session
+	for s := range e.sessions {
+		if s != but {
+			all = append(all, s)
+		}
+	}
+	return all
+}
+
+// ended forgets a session and says why it ended.
+func (e *Endpoint) ended(s *session, err error) {
+	now := time.Now()
+	e.mu.Lock()
+	delete(e.sessions, s)
+	quiet := false
+	if blame(err) {
+		text := err.Error()
+		quiet = text == e.reason && now.Sub(e.loggedTime) < quietTime
+		e.reason, e.reasonTime = text, now
+		if !quiet {
+			e.loggedTime = now
+		}
+	}
+	e.mu.Unlock()
+	switch {
+	case !blame(err):
+		s.log.Debug().AnErr("reason", err).Msg("vhost-user connection ended")
+	case quiet:
+		e.counters.disconnects.Add(1)
+		s.log.Debug().Err(err).Msg("vhost-user front end disconnected again")
+	default:
+		e.counters.disconnects.Add(1)
+		s.log.Warn().Err(err).Msg("vhost-user front end disconnected")
+	}
+}
+
+// blame reports whether a session ended for a fault, and not because the front
+// end or the daemon closed it.
+func blame(err error) bool {
+	return !errors.Is(err, io.EOF) && !errors.Is(err, ErrServerClosed)
+}
+
+// Name returns POOL/VOLUME.
+func (e *Endpoint) Name() string { return e.name }
+
+// Path returns the socket's path.
+func (e *Endpoint) Path() string { return e.path }
+
+// Stats returns a snapshot of the counters.
+func (e *Endpoint) Stats() Stats {
+	s := Stats{Name: e.name, Path: e.path}
+	e.counters.snapshot(&s)
+	e.mu.Lock()
+	s.Sessions = len(e.sessions)
+	s.LastDisconnect, s.LastDisconnectTime = e.reason, e.reasonTime
+	e.mu.Unlock()
+	return s
+}
