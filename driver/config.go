@@ -22,7 +22,12 @@ type Config struct {
 	CacheBytes int64
 	// ReadCacheBytes is the RAM for clusters read back from disk or store.
 	ReadCacheBytes int64
-	Log            zerolog.Logger
+	// SSDCacheBytes, if positive, adds a second tier on the local disk behind it.
+	SSDCacheBytes int64
+	// BootID changes when the host restarts: a pool file from before is worthless.
+	// Empty means the kernel's.
+	BootID string
+	Log    zerolog.Logger
 }
 
 // VolumeConfig describes a volume to the engine. The registry is where it is kept.
@@ -82,18 +87,18 @@ type Stats struct {
 	Ops   [5]OpStats `json:"-"` // by block.Op
 	Space Space      `json:"space"`
 
-	LogHeadBytes      uint64 `json:"log_head_bytes"`      // in RAM, not yet on the local disk
-	UploadBacklog     uint64 `json:"upload_backlog"`      // bytes of closed SCOs not yet in the store
-	SyncCount         uint64 `json:"sync_count"`          // fdatasync calls
-	SpilledBytes      uint64 `json:"spilled_bytes"`       // written to the local disk by the log
-	ScrubbedBytes     uint64 `json:"scrubbed_bytes"`      // rewritten by the scrubber
-	ReclaimedBytes    uint64 `json:"reclaimed_bytes"`     // given back by deleting SCOs
-	StoreReadBytes    uint64 `json:"store_read_bytes"`    // partial reads through the store
-	ReadCacheHits     uint64 `json:"read_cache_hits"`     // clusters
-	ReadCacheMisses   uint64 `json:"read_cache_misses"`   // clusters
-	ChecksumErrors    uint64 `json:"checksum_errors"`     // clusters that failed their CRC32C
-	ReplayedRecords   uint64 `json:"replayed_records"`    // at the last opening
-	CheckpointRecords uint64 `json:"checkpoint_position"` // log records covered by the last checkpoint
+	LogHeadBytes    uint64 `json:"log_head_bytes"`    // in SCOs that are not sealed yet
+	UploadBacklog   uint64 `json:"upload_backlog"`    // bytes of closed SCOs not yet in the store
+	SyncCount       uint64 `json:"sync_count"`        // fdatasync calls
+	SpilledBytes    uint64 `json:"spilled_bytes"`     // written to the local disk by the log
+	ScrubbedBytes   uint64 `json:"scrubbed_bytes"`    // rewritten by the scrubber
+	ReclaimedBytes  uint64 `json:"reclaimed_bytes"`   // given back by deleting SCOs
+	StoreReadBytes  uint64 `json:"store_read_bytes"`  // partial reads through the store
+	ReadCacheHits   uint64 `json:"read_cache_hits"`   // clusters
+	ReadCacheMisses uint64 `json:"read_cache_misses"` // clusters
+	ChecksumErrors  uint64 `json:"checksum_errors"`   // clusters that failed their CRC32C
+	ReplayedRecords uint64 `json:"replayed_records"`  // at the last opening
+	Checkpoints     uint64 `json:"checkpoints"`       // written since the opening
 
 	Conditions []Condition `json:"conditions"`
 }

@@ -1,0 +1,252 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+
+	"scoria/driver/block"
+	"scoria/driver/lba"
+	"scoria/driver/sco"
+	"scoria/driver/tlog"
+)
+
+// maxProblems bounds what a report lists.
+const maxProblems = 1000
+
+func (r *CheckReport) problem(format string, args ...any) {
+	if len(r.Problems) < maxProblems {
+		r.Problems = append(r.Problems, fmt.Sprintf(format, args...))
+	}
+}
+
+// sealedRecords reads the records of a sealed SCO from its local copy or the store.
+func (v *Volume) sealedRecords(ctx context.Context, m *scoMeta) ([]tlog.Record, error) {
+	t, r, done, err := v.openSealed(ctx, m)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	return t.ReadRecords(r)
+}
+
+// openSealed opens a sealed SCO wherever it is.
+func (v *Volume) openSealed(ctx context.Context, m *scoMeta) (sco.Trailer, readerAt, func(), error) {
+	v.metaMu.Lock()
+	local := m.local
+	v.metaMu.Unlock()
+	var r readerAt = storeObject{ctx, v, scoObject(m.number)}
+	done := func() {}
+	if local {
+		f, release, err := v.openLocal(m.number)
+		switch {
+		case err == nil:
+			r, done = f, release
+		case !errors.Is(err, fs.ErrNotExist): // else it was evicted meanwhile
+			return sco.Trailer{}, nil, nil, err
+		}
+	}
+	t, err := sco.ReadTrailer(r, m.size)
+	if err != nil {
+		done()
+		return t, nil, nil, fmt.Errorf("SCO %d: %w", m.number, err)
+	}
+	return t, r, done, nil
+}
+
+// readerAt is io.ReaderAt.
+type readerAt interface {
+	ReadAt(p []byte, off int64) (int, error)
+}
+
+// Check verifies, while the volume is in use, that every SCO has its footer and
+// every cluster its checksum, that the map and the SCOs' records agree, and that
+// the space accounting is right. progress is called with bytes.
+func (v *Volume) Check(ctx context.Context, progress func(done, total int64)) (CheckReport, error) {
+	v.checkMu.RLock()
+	defer v.checkMu.RUnlock()
+	var rep CheckReport
+	v.metaMu.Lock()
+	var metas []*scoMeta
+	var total int64
+	for _, m := range v.scos {
+		metas = append(metas, m)
+		total += m.size
+	}
+	v.metaMu.Unlock()
+	slices.SortFunc(metas, func(a, b *scoMeta) int { return int(int64(a.number) - int64(b.number)) })
+	var done int64
+	for _, m := range metas {
+		if err := v.checkSealed(ctx, m, &rep); err != nil {
+			return rep, err
+		}
+		done += m.size
+		if progress != nil {
+			progress(done, total)
+		}
+	}
+	v.checkHead(ctx, &rep)
+	v.checkRoot(&rep)
+	return rep, ctx.Err()
+}
+
+func (v *Volume) checkSealed(ctx context.Context, m *scoMeta, rep *CheckReport) error {
+	rep.SCOs++
+	t, r, done, err := v.openSealed(ctx, m)
+	if err != nil {
+		rep.problem("SCO %d: %v", m.number, err)
+		return ctx.Err()
+	}
+	defer done()
+	records, err := t.ReadRecords(r)
+	if err != nil {
+		rep.problem("%v", err)
+		return ctx.Err()
+	}
+	if t.Clusters != m.clusters || t.Records != m.records {
+		rep.problem("SCO %d: trailer has %d clusters and %d records, %d and %d are known", m.number, t.Clusters, t.Records, m.clusters, m.records)
+	}
+	crcs := make(map[uint32]uint32, len(records))
+	for i := range records {
+		if records[i].HasData() {
+			crcs[records[i].Cluster] = records[i].DataCRC
+		}
+	}
+	buf := make([]byte, 1<<20)
+	for c := uint32(0); c < t.Clusters; {
+		n := min(uint32(len(buf)/block.ClusterSize), t.Clusters-c)
+		p := buf[:n*block.ClusterSize]
+		if _, err := r.ReadAt(p, sco.DataOff(c)); err != nil {
+			rep.problem("SCO %d: clusters %d to %d: %v", m.number, c, c+n-1, err)
+		} else {
+			for i := range n {
+				want, has := crcs[c+i]
+				if has && tlog.CRC(p[i*block.ClusterSize:(i+1)*block.ClusterSize]) != want {
+					rep.problem("SCO %d: cluster %d fails its checksum", m.number, c+i)
+				}
+			}
+			rep.Clusters += uint64(n)
+			rep.Bytes += uint64(len(p))
+		}
+		c += n
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	}
+	return v.checkLive(ctx, m.number, records, rep)
+}
+
+// checkLive compares the map's references to a SCO with the counter. The map is
+// made resident first so that the comparison itself is one short exclusive
+// section.
+func (v *Volume) checkLive(ctx context.Context, number uint64, records []tlog.Record, rep *CheckReport) error {
+	for i := range records {
+		if r := &records[i]; r.HasData() {
+			if r.LBA >= v.m.Clusters() {
+				rep.problem("SCO %d: record %d names cluster %d behind the end of the volume", number, i, r.LBA)
+				return nil
+			}
+			if _, err := v.locate(r.LBA); err != nil {
+				rep.problem("map page of cluster %d: %v", r.LBA, err)
+				return ctx.Err()
+			}
+		}
+	}
+	v.gate.Lock()
+	defer v.gate.Unlock()
+	live := int32(0)
+	for i := range records {
+		r := &records[i]
+		if !r.HasData() {
+			continue
+		}
+		if now, _ := v.m.Get(r.LBA); now == lba.MakeLocation(number, r.Cluster) {
+			live++
+		}
+	}
+	if have := v.live.at(number).Load(); have != live {
+		rep.problem("SCO %d: %d clusters are current, %d are accounted for", number, live, have)
+	}
+	return nil
+}
+
+// checkHead verifies the SCOs that are not sealed, and that all references of
+// the map are accounted for.
+func (v *Volume) checkHead(ctx context.Context, rep *CheckReport) {
+	v.metaMu.Lock()
+	list := append([]*logSCO(nil), v.unsealed...)
+	v.metaMu.Unlock()
+	buf := make([]byte, block.ClusterSize)
+	for _, l := range list {
+		records, _ := unpack(l.head.Load())
+		for i := uint32(0); i < records && !l.sealed.Load(); i++ {
+			slot := l.recs[i/chunkRecords].Load()
+			if slot == 0 {
+				break // sealed meanwhile
+			}
+			r, ok := tlog.Get(l.record(i), l.key, i)
+			if !ok || !r.HasData() {
+				continue
+			}
+			loc := lba.MakeLocation(l.hdr.Number, r.Cluster)
+			now, err := v.locate(r.LBA)
+			if err != nil {
+				rep.problem("map page of cluster %d: %v", r.LBA, err)
+				return
+			}
+			if now != loc {
+				continue
+			}
+			if err := v.readCluster(ctx, loc, buf); err != nil {
+				rep.problem("SCO %d: cluster %d: %v", l.hdr.Number, r.Cluster, err)
+			} else if tlog.CRC(buf) != r.DataCRC {
+				if again, _ := v.locate(r.LBA); again == loc && !l.sealed.Load() {
+					rep.problem("SCO %d: cluster %d fails its checksum in the write buffer", l.hdr.Number, r.Cluster)
+				}
+			}
+			rep.Clusters++
+			rep.Bytes += block.ClusterSize
+		}
+	}
+	v.gate.Lock()
+	defer v.gate.Unlock()
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	sum := uint64(0)
+	for _, m := range v.scos {
+		sum += uint64(v.live.at(m.number).Load())
+	}
+	for _, l := range v.unsealed {
+		sum += uint64(v.live.at(l.hdr.Number).Load())
+	}
+	if mapped := v.m.Mapped(); sum != mapped {
+		rep.problem("the map has %d clusters, the SCOs account for %d", mapped, sum)
+	}
+}
+
+func (v *Volume) checkRoot(rep *CheckReport) {
+	c := v.ckpt
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.sequence == 0 {
+		return
+	}
+	if _, err := v.readRoot(rootName(c.sequence)); err != nil {
+		rep.problem("checkpoint %d: %v", c.sequence, err)
+	}
+}
+
+// CheckVolume checks a volume that is not open.
+func (e *Engine) CheckVolume(ctx context.Context, cfg VolumeConfig, progress func(done, total int64)) (CheckReport, error) {
+	v, err := e.OpenVolume(ctx, cfg)
+	if err != nil {
+		return CheckReport{}, err
+	}
+	rep, err := v.Check(ctx, progress)
+	if cerr := v.Close(ctx); err == nil {
+		err = cerr
+	}
+	return rep, err
+}

@@ -1,0 +1,438 @@
+package driver
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"strings"
+	"sync"
+
+	"scoria/alba/vfs"
+	"scoria/driver/lba"
+)
+
+// position is a point in the log, always the end of a SCO: everything up to it
+// is in the checkpoint, recovery begins behind it.
+type position struct {
+	sco     uint64
+	records uint32
+}
+
+// checkpoints writes and reads the map's checkpoints. A checkpoint is page
+// objects, each with the pages that had changed, and a root that names all pages
+// of the map. It exists first on the local disk, later also in the store.
+//
+// Order on the local disk: page objects and the log up to the position are
+// durable before the root is. Order in the store: all SCOs up to the position,
+// then page objects, then the root. Only then do SCOs go away to which the root
+// does not refer.
+type checkpoints struct {
+	v      *Volume
+	reader *lba.ObjectReader
+
+	mu       sync.Mutex // one checkpoint or publication at a time; before gate
+	sequence uint64
+	object   uint32 // last page object number
+	pos      position
+	pending  *publication // root that is not in the store yet
+	inStore  map[uint32]bool
+}
+
+// publication is what still has to be done to get a local root into the store.
+type publication struct {
+	sequence uint64
+	pos      position
+	objects  []uint32
+	dead     []uint64 // SCOs that nothing referred to at the position
+}
+
+const (
+	rootPrefix  = "root-"
+	pagesPrefix = "pages-"
+	scoPrefix   = "sco-"
+)
+
+func rootName(seq uint64) string          { return fmt.Sprintf("%s%016x", rootPrefix, seq) }
+func pagesName(object uint32) string      { return fmt.Sprintf("%s%08x", pagesPrefix, object) }
+func (v *Volume) mapDir() string          { return v.dir + "/map" }
+func (v *Volume) mapPath(n string) string { return v.mapDir() + "/" + n }
+
+func newCheckpoints(v *Volume) *checkpoints {
+	c := &checkpoints{v: v, inStore: map[uint32]bool{}}
+	c.reader = lba.NewObjectReader(v.cfg.ID, c.openPages)
+	return c
+}
+
+// ReadPage implements lba.PageReader.
+func (c *checkpoints) ReadPage(ctx context.Context, addr lba.PageAddr, page []byte) error {
+	return c.reader.ReadPage(ctx, addr, page)
+}
+
+func (c *checkpoints) close() {}
+
+// localFile reads a file that is opened for each access: map pages are read
+// once and then stay in RAM.
+type localFile struct {
+	fs   vfs.FS
+	name string
+}
+
+func (l localFile) ReadAt(p []byte, off int64) (int, error) {
+	f, err := l.fs.Open(l.name, vfs.ReadOnly)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	return f.ReadAt(p, off)
+}
+
+// storeObject reads an object through the store.
+type storeObject struct {
+	ctx context.Context
+	v   *Volume
+	n   string
+}
+
+func (s storeObject) ReadAt(p []byte, off int64) (int, error) {
+	s.v.stats.storeRead.Add(uint64(len(p)))
+	if err := s.v.cfg.Store.ReadAt(s.ctx, s.v.namespace(), s.n, p, off); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+func (c *checkpoints) openPages(_ context.Context, object uint32) (io.ReaderAt, int64, error) {
+	return c.v.openMapObject(pagesName(object))
+}
+
+// openMapObject finds a root or page object, on the local disk if it is there.
+func (v *Volume) openMapObject(name string) (io.ReaderAt, int64, error) {
+	info, err := v.eng.cfg.FS.Stat(v.mapPath(name))
+	if err == nil {
+		return localFile{v.eng.cfg.FS, v.mapPath(name)}, info.Size(), nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, 0, err
+	}
+	size, err := v.cfg.Store.Size(v.ctx, v.namespace(), name)
+	if err != nil {
+		return nil, 0, fmt.Errorf("%s: %w", name, err)
+	}
+	return storeObject{v.ctx, v, name}, size, nil
+}
+
+// checkpoint writes the map as of now. With final it also forgets the empty
+// head, so that the next opening finds nothing to replay.
+func (v *Volume) checkpoint(ctx context.Context, final bool) error {
+	c := v.ckpt
+	c.mu.Lock()
+	defer c.mu.Unlock()
+
+	v.gate.Lock()
+	if records, _ := unpack(v.cur.head.Load()); records > 0 && !v.roll() {
+		v.gate.Unlock()
+		return errNoRoom
+	}
+	pos := position{v.cur.prev, v.cur.prevRecords}
+	if pos == c.pos && c.sequence > 0 && !final {
+		v.gate.Unlock()
+		return nil
+	}
+	ck := v.m.BeginCheckpoint()
+	table, dead := v.snapshotSCOs()
+	clusters := v.cfg.Size / 4096
+	v.gate.Unlock()
+
+	if err := c.write(ctx, ck, pos, table, clusters); err != nil {
+		ck.Abort()
+		return fmt.Errorf("checkpoint: %w", err)
+	}
+	c.pos = pos
+	c.pending = &publication{sequence: c.sequence, pos: pos, objects: v.m.Objects(), dead: dead}
+	v.logSince.Store(0)
+	v.stats.checkpointed.Add(1)
+	c.removeStale()
+	return nil
+}
+
+// write makes the checkpoint durable on the local disk. Caller holds mu.
+func (c *checkpoints) write(ctx context.Context, ck *lba.Checkpoint, pos position, table []byte, clusters uint64) error {
+	v := c.v
+	b := lba.NewPageObjectBuilder(v.cfg.ID)
+	flush := func() error {
+		if b.Len() == 0 {
+			return nil
+		}
+		return v.writeMapFile(pagesName(c.object), b, b.Size())
+	}
+	c.object++
+	b.Reset(c.object)
+	err := ck.WritePages(func(leaf uint64, page []byte) (lba.PageAddr, error) {
+		if b.Full() {
+			if err := flush(); err != nil {
+				return 0, err
+			}
+			c.object++
+			b.Reset(c.object)
+		}
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
+		return b.Add(leaf, page)
+	})
+	if err == nil {
+		err = flush()
+	}
+	if err == nil {
+		err = v.syncAll()
+	}
+	if err != nil {
+		return err
+	}
+	root := lba.Root{
+		Volume: v.cfg.ID, Sequence: c.sequence + 1, LogSCO: pos.sco, LogRecord: uint64(pos.records),
+		Clusters: clusters, Mapped: ck.Mapped(), Blob: table, Directory: ck.Directory(),
+	}
+	var buf bytes.Buffer
+	if err := root.Encode(&buf); err != nil {
+		return err
+	}
+	if err := v.writeMapFile(rootName(root.Sequence), bytes.NewReader(buf.Bytes()), int64(buf.Len())); err != nil {
+		return err
+	}
+	c.sequence++
+	ck.Commit()
+	return nil
+}
+
+// writeMapFile writes a file of the map directory whole or not at all.
+func (v *Volume) writeMapFile(name string, r io.ReaderAt, size int64) error {
+	fsys := v.eng.cfg.FS
+	tmp := v.mapPath(name) + ".tmp"
+	f, err := fsys.Open(tmp, vfs.Create)
+	if err != nil {
+		return err
+	}
+	err = f.Truncate(0)
+	buf := make([]byte, 1<<20)
+	for off := int64(0); off < size && err == nil; {
+		p := buf[:min(int64(len(buf)), size-off)]
+		if _, err = r.ReadAt(p, off); err == nil || errors.Is(err, io.EOF) {
+			_, err = f.WriteAt(p, off)
+		}
+		off += int64(len(p))
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = fsys.Rename(tmp, v.mapPath(name))
+	}
+	if err == nil {
+		err = fsys.SyncDir(v.mapDir())
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
+// removeStale removes local roots but the newest, and page objects that neither
+// it nor the coming publication needs. Caller holds mu.
+func (c *checkpoints) removeStale() {
+	v := c.v
+	names, err := v.eng.cfg.FS.List(v.mapDir())
+	if err != nil {
+		v.log.Warn().Err(err).Msg("map directory can't be listed")
+		return
+	}
+	keep := map[string]bool{rootName(c.sequence): true}
+	for _, o := range v.m.Objects() {
+		keep[pagesName(o)] = true
+	}
+	for _, n := range names {
+		if keep[n] || !(strings.HasPrefix(n, rootPrefix) || strings.HasPrefix(n, pagesPrefix)) {
+			continue
+		}
+		var object uint32
+		if _, err := fmt.Sscanf(n, pagesPrefix+"%08x", &object); err == nil {
+			c.reader.Forget(object)
+		}
+		if err := v.eng.cfg.FS.Remove(v.mapPath(n)); err != nil {
+			v.log.Warn().Err(err).Str("file", n).Msg("old checkpoint file can't be removed")
+		}
+	}
+}
+
+// publish puts the pending root into the store when all SCOs that it builds on
+// are there, and then gives the space of dead SCOs back. It reports whether it
+// did.
+func (v *Volume) publish(ctx context.Context) (bool, error) {
+	c := v.ckpt
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := c.pending
+	if p == nil || !v.uploadedUpTo(p.pos.sco, p.dead) {
+		return false, nil
+	}
+	ns := v.namespace()
+	put := func(name string) error {
+		path := v.mapPath(name)
+		info, err := v.eng.cfg.FS.Stat(path)
+		if err != nil {
+			return err
+		}
+		return v.cfg.Store.Put(ctx, ns, name, v.cfg.Epoch,
+			Object{Data: localFile{v.eng.cfg.FS, path}, Size: info.Size(), LocalPath: path})
+	}
+	for _, o := range p.objects {
+		if c.inStore[o] {
+			continue
+		}
+		if err := put(pagesName(o)); err != nil {
+			return false, fmt.Errorf("publish checkpoint: %w", err)
+		}
+		c.inStore[o] = true
+	}
+	if err := put(rootName(p.sequence)); err != nil {
+		return false, fmt.Errorf("publish checkpoint: %w", err)
+	}
+	c.pending = nil
+	if err := c.removeStaleInStore(ctx, p); err != nil {
+		return true, err
+	}
+	for _, n := range p.dead {
+		if err := v.deleteSCO(ctx, n); err != nil {
+			return true, err
+		}
+	}
+	return true, nil
+}
+
+// removeStaleInStore removes what the newest published root does not need.
+func (c *checkpoints) removeStaleInStore(ctx context.Context, p *publication) error {
+	v := c.v
+	keep := map[string]bool{rootName(p.sequence): true}
+	for _, o := range p.objects {
+		keep[pagesName(o)] = true
+	}
+	for _, prefix := range []string{rootPrefix, pagesPrefix} {
+		names, err := v.cfg.Store.List(ctx, v.namespace(), prefix)
+		if err != nil {
+			return err
+		}
+		for _, n := range names {
+			if keep[n] {
+				continue
+			}
+			if err := v.cfg.Store.Delete(ctx, v.namespace(), n, v.cfg.Epoch); err != nil {
+				return err
+			}
+			var object uint32
+			if _, err := fmt.Sscanf(n, pagesPrefix+"%08x", &object); err == nil {
+				delete(c.inStore, object)
+			}
+		}
+	}
+	return nil
+}
+
+// uploadedUpTo reports whether every SCO up to n, but the dead ones, is in the
+// store.
+func (v *Volume) uploadedUpTo(n uint64, dead []uint64) bool {
+	isDead := map[uint64]bool{}
+	for _, d := range dead {
+		isDead[d] = true
+	}
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	for _, l := range v.unsealed {
+		if r, _ := unpack(l.head.Load()); l.hdr.Number <= n && r > 0 {
+			return false
+		}
+	}
+	for _, m := range v.scos {
+		if m.number <= n && !m.uploaded && !isDead[m.number] {
+			return false
+		}
+	}
+	return true
+}
+
+// The SCO table is the driver's part of a root: version u32, count u32, then
+// for each SCO number u64, size i64, CRC table offset i64, clusters u32, records
+// u32, live u32, flags u32 (1: it was sealed, the other fields count).
+const (
+	tableVersion  = 1
+	tableEntryLen = 40
+	tableSealed   = 1
+)
+
+// snapshotSCOs encodes the table and lists the SCOs that nothing refers to.
+// Caller holds the gate exclusively, so the counts are those of the map.
+func (v *Volume) snapshotSCOs() (table []byte, dead []uint64) {
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	le := binary.LittleEndian
+	table = make([]byte, 8, 8+tableEntryLen*(len(v.scos)+len(v.unsealed)))
+	le.PutUint32(table, tableVersion)
+	n := uint32(0)
+	add := func(m scoMeta, flags uint32) {
+		table = le.AppendUint64(table, m.number)
+		table = le.AppendUint64(table, uint64(m.size))
+		table = le.AppendUint64(table, uint64(m.crcOff))
+		table = le.AppendUint32(table, m.clusters)
+		table = le.AppendUint32(table, m.records)
+		table = le.AppendUint32(table, uint32(v.live.at(m.number).Load()))
+		table = le.AppendUint32(table, flags)
+		n++
+	}
+	for _, m := range v.scos {
+		if m.dropping {
+			continue
+		}
+		add(*m, tableSealed)
+		if v.live.at(m.number).Load() == 0 {
+			dead = append(dead, m.number)
+		}
+	}
+	for _, l := range v.unsealed {
+		if r, c := unpack(l.head.Load()); r > 0 {
+			add(scoMeta{number: l.hdr.Number, clusters: c, records: r}, 0)
+		}
+	}
+	le.PutUint32(table[4:], n)
+	return table, dead
+}
+
+type tableEntry struct {
+	scoMeta
+	live   uint32
+	sealed bool
+}
+
+func decodeTable(b []byte) ([]tableEntry, error) {
+	le := binary.LittleEndian
+	if len(b) < 8 || le.Uint32(b) != tableVersion || uint64(len(b)-8) != uint64(le.Uint32(b[4:]))*tableEntryLen {
+		return nil, fmt.Errorf("SCO table of %d bytes: %w", len(b), lba.ErrFormat)
+	}
+	out := make([]tableEntry, le.Uint32(b[4:]))
+	for i := range out {
+		e := b[8+i*tableEntryLen:]
+		out[i] = tableEntry{
+			scoMeta: scoMeta{
+				number: le.Uint64(e), size: int64(le.Uint64(e[8:])), crcOff: int64(le.Uint64(e[16:])),
+				clusters: le.Uint32(e[24:]), records: le.Uint32(e[28:]),
+			},
+			live: le.Uint32(e[32:]), sealed: le.Uint32(e[36:])&tableSealed != 0,
+		}
+	}
+	return out, nil
+}

@@ -1,0 +1,119 @@
+package driver
+
+import (
+	"runtime/debug"
+
+	"scoria/driver/block"
+	"scoria/driver/lba"
+	"scoria/driver/tlog"
+)
+
+// clearPiece is how many mapped clusters' worth of range one exclusive section
+// clears: 1 GiB. A volume with little in it is cleared in one go.
+const (
+	clearPiece = 1 << 18
+	clearSmall = 1 << 16
+)
+
+// clearRange makes a range read as zeroes: one log record and one map update for
+// the whole clusters, read-merge-write for the parts at its ends.
+func (v *Volume) clearRange(r *block.Request) {
+	debug.SetPanicOnFault(true)
+	v.lastWrite.Store(v.eng.now.Load())
+	err := v.clearBytes(r.Offset, r.Length)
+	if err == nil && r.Flags&block.FUA != 0 {
+		v.flushLater(r)
+		return
+	}
+	v.end(r, err)
+}
+
+func (v *Volume) clearBytes(off, length uint64) error {
+	end := off + length
+	first := (off + block.ClusterSize - 1) / block.ClusterSize
+	last := end / block.ClusterSize
+	if first > last { // within one cluster
+		return v.clearPart(off, end)
+	}
+	if err := v.clearPart(off, first*block.ClusterSize); err != nil {
+		return err
+	}
+	if err := v.clearPart(last*block.ClusterSize, end); err != nil {
+		return err
+	}
+	for first < last {
+		n := last - first
+		if v.m.Mapped() > clearSmall {
+			n = min(n, clearPiece)
+		}
+		if err := v.clearClusters(first, n); err != nil {
+			return err
+		}
+		first += n
+	}
+	return nil
+}
+
+// clearPart zeroes part of one cluster, if it has anything in it.
+func (v *Volume) clearPart(off, end uint64) error {
+	if off == end {
+		return nil
+	}
+	cluster := off / block.ClusterSize
+	if loc, err := v.locate(cluster); err != nil || loc == 0 {
+		return err
+	}
+	return v.mergeCluster(cluster, int(off%block.ClusterSize), make([]byte, end-off))
+}
+
+// clearClusters forgets whole clusters.
+func (v *Volume) clearClusters(first, n uint64) error {
+	for {
+		if err := v.writable(); err != nil {
+			return err
+		}
+		if err := v.m.Load(v.ctx, v.ckpt, first, n); err != nil {
+			return err
+		}
+		room := v.eng.pool.roomChan()
+		done, err := v.clearExclusive(first, n)
+		if err == errNoRoom {
+			v.kickIO()
+			v.eng.kickAll()
+			v.waitRoom(room)
+			continue
+		}
+		if done || err != nil {
+			return err
+		}
+	}
+}
+
+// clearExclusive logs and applies a discard between all other changes. Nothing
+// is logged if nothing was mapped.
+func (v *Volume) clearExclusive(first, n uint64) (done bool, err error) {
+	v.gate.Lock()
+	defer v.gate.Unlock()
+	l, err := v.roomExclusive(0, 1)
+	if err != nil {
+		return false, err
+	}
+	any := false
+	if !v.m.Clear(first, n, func(old lba.Location) {
+		any = true
+		v.live.at(old.SCO()).Add(-1)
+	}) {
+		return false, nil
+	}
+	if !any {
+		return true, nil
+	}
+	_, rec, ok := l.reserve(0, 1)
+	if !ok {
+		panic("driver: no record where room was made")
+	}
+	tlog.Put(l.record(rec), l.key, rec, &tlog.Record{
+		Type: tlog.Discard, LBA: first, Arg: n, Durable: l.durable.Load(), Cluster: tlog.NoCluster,
+	})
+	return true, nil
+}

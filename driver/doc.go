@@ -1,0 +1,65 @@
+// Package driver turns a virtual disk into a log: a Volume takes block requests,
+// appends what they write to Storage Container Objects (SCOs), keeps the map
+// from cluster to location, and hands closed SCOs to a Store. An Engine holds
+// what the volumes of one daemon share.
+//
+// # The path of a write
+//
+// Submit → submitWrites (gate shared) → writeClusters: logSCO.reserve, one
+// compare-and-swap that orders the write → fill: copy into a chunk of the pool,
+// CRC32C of the copy, tlog record, map → answered. No allocation, no system
+// call. What can't be done at once goes to another goroutine: no room
+// (admit), part of a cluster (writePartial), a map page on disk.
+//
+// # What is durable when
+//
+//  1. A completed write is in the pool, a mapped tmpfs file that outlives the
+//     daemon (P3): first the data, then the record, which becomes visible with
+//     one atomic store. A daemon that dies in between leaves a hole that nobody
+//     was told about; recovery voids it.
+//  2. In the background, and at each flush, clusters are written to the SCO's
+//     file before the records that name them.
+//  3. A flush ends after every SCO up to its moment has been written and synced,
+//     oldest first (P1). A record carries how many records before it were known
+//     to be synced, which tells recovery a torn tail from rot.
+//  4. A SCO is sealed (footer, sync, truncate, sync) oldest first, then uploaded.
+//  5. A checkpoint: page objects and log are synced before the root; in the
+//     store the SCOs come before the page objects, these before the root. A SCO
+//     is deleted only when a published root no longer refers to it.
+//
+// After any crash the checkpoint plus the chain of SCOs behind it, up to the
+// first break, is a prefix of the log (P2); recovery reads only that (P9).
+//
+// Each SCO's first record names its predecessor and how many records that one
+// ended with. A checkpoint always lies between two SCOs.
+//
+// # The gate
+//
+// Writers hold Volume.gate shared from reservation to map update. What must not
+// interleave with them holds it exclusively, for microseconds: opening the next
+// SCO, discards, the commit of a read-modify-write, relocations, the beginning
+// of a checkpoint. That is why the log's order and the map never disagree
+// although writers run side by side: of two concurrent writes to a cluster the
+// map keeps the larger location, which is the later record.
+//
+// # Lock order
+//
+//	checkMu → checkpoints.mu → rmw → ioMu → gate → extendMu → metaMu → pool.mu
+//	                                        gate → io.mu
+//
+// fileCache.mu, crcCache.mu, liveTable.mu, parked.mu, conds.mu, claims.mu are
+// leaves. Nothing waits for a disk, a store or the pool while it holds gate.
+//
+// # Goroutines
+//
+// Per engine: housekeeper (ticks volumes once a second), populate (at start).
+// Per volume, only while there is work: ioLoop (spill, sync, seal), upload,
+// admit (writes that wait for room), housekeep (checkpoint, publish, scrub), and
+// one per request that waits. An idle volume has none.
+//
+// # Failure
+//
+// A full disk pauses (P8). A failed sync is final for the volume: flushes and
+// writes fail until the daemon is restarted, because nobody can say what the
+// disk kept. A store that refuses our epoch ends the volume's service (P4).
+package driver

@@ -1,0 +1,342 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+
+	"scoria/driver/block"
+	"scoria/driver/cache"
+	"scoria/driver/lba"
+)
+
+// spillAt is the part of the pool from which on the head is written out without
+// a flush asking for it; throttleAt the part from which on writers are slowed.
+const (
+	spillAt    = 0.30
+	throttleAt = 0.70
+)
+
+// Engine is what all volumes of a daemon share.
+type Engine struct {
+	cfg   Config
+	pool  *pool
+	cache *cache.Cache
+	crcs  crcCache
+	files *fileCache
+
+	adopted bool
+
+	now        atomic.Int64 // Unix nanoseconds, a second exact; for the hot path
+	localBytes atomic.Int64 // sealed SCOs on the local disk
+	perCluster atomic.Int64 // nanoseconds that spilling a cluster takes, smoothed
+
+	mu      sync.Mutex
+	volumes map[uuid.UUID]*Volume
+	nextTag uint32
+	stop    chan struct{}
+	stopped sync.WaitGroup
+}
+
+// OpenEngine maps the pool and starts the housekeeper. Volumes whose data is in
+// the pool of a daemon that died (Pending) should be opened soon: their chunks
+// are taken until then.
+func OpenEngine(_ context.Context, cfg Config) (*Engine, error) {
+	if cfg.BootID == "" {
+		b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+		if err != nil {
+			return nil, fmt.Errorf("boot id: %w", err)
+		}
+		cfg.BootID = strings.TrimSpace(string(b))
+	}
+	if err := cfg.FS.MkdirAll(cfg.DataDir + "/volumes"); err != nil {
+		return nil, err
+	}
+	p, adopted, err := openPool(cfg.FS, cfg.PoolFile, cfg.PoolBytes, cfg.BootID)
+	if err != nil {
+		return nil, err
+	}
+	c, err := cache.New(cfg.ReadCacheBytes)
+	if err == nil && cfg.SSDCacheBytes > 0 {
+		err = c.AttachSSD(cfg.FS, cfg.DataDir+"/read-cache", cfg.SSDCacheBytes)
+	}
+	if err != nil {
+		p.mapping.Close()
+		return nil, fmt.Errorf("read cache: %w", err)
+	}
+	e := &Engine{
+		cfg: cfg, pool: p, cache: c, files: newFileCache(), adopted: adopted,
+		volumes: map[uuid.UUID]*Volume{}, stop: make(chan struct{}),
+	}
+	e.now.Store(time.Now().UnixNano())
+	e.stopped.Add(2)
+	go e.housekeeper()
+	go e.populate()
+	return e, nil
+}
+
+// Adopted reports whether the pool of an earlier daemon was found.
+func (e *Engine) Adopted() bool { return e.adopted }
+
+// Pending lists the volumes that have data in the pool and are not open.
+func (e *Engine) Pending() []uuid.UUID {
+	e.pool.mu.Lock()
+	defer e.pool.mu.Unlock()
+	ids := make([]uuid.UUID, 0, len(e.pool.found))
+	for id := range e.pool.found {
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+// populate touches the pool so that writers never wait for a page of it.
+func (e *Engine) populate() {
+	defer e.stopped.Done()
+	const step = 2 << 20
+	for off := 0; off < len(e.pool.bytes); off += step {
+		select {
+		case <-e.stop:
+			return
+		default:
+		}
+		populate(e.pool.bytes[off:min(off+step, len(e.pool.bytes))])
+	}
+}
+
+// housekeeper ticks all volumes once a second.
+func (e *Engine) housekeeper() {
+	defer e.stopped.Done()
+	t := time.NewTicker(time.Second)
+	defer t.Stop()
+	for {
+		select {
+		case <-e.stop:
+			return
+		case now := <-t.C:
+			e.now.Store(now.UnixNano())
+			for _, v := range e.list() {
+				v.tick(now)
+			}
+			e.evict()
+		}
+	}
+}
+
+func (e *Engine) list() []*Volume {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	out := make([]*Volume, 0, len(e.volumes))
+	for _, v := range e.volumes {
+		if v != nil {
+			out = append(out, v)
+		}
+	}
+	return out
+}
+
+// kickAll makes every volume write out what it can: one of them waits for room.
+func (e *Engine) kickAll() {
+	for _, v := range e.list() {
+		v.kickIO()
+	}
+}
+
+func (e *Engine) volumeDir(id uuid.UUID) string { return e.cfg.DataDir + "/volumes/" + id.String() }
+
+// CreateVolume makes a volume's directories and namespace. It may be repeated.
+func (e *Engine) CreateVolume(ctx context.Context, cfg VolumeConfig) error {
+	if err := cfg.Validate(); err != nil {
+		return err
+	}
+	if err := e.makeDirs(cfg.ID); err != nil {
+		return fmt.Errorf("volume %s: %w", cfg.Name, err)
+	}
+	if err := cfg.Store.CreateNamespace(ctx, cfg.ID.String()); err != nil {
+		return fmt.Errorf("volume %s: %w", cfg.Name, err)
+	}
+	if err := cfg.Store.Fence(ctx, cfg.ID.String(), cfg.Epoch); err != nil {
+		return fmt.Errorf("volume %s: %w", cfg.Name, err)
+	}
+	return nil
+}
+
+func (e *Engine) makeDirs(id uuid.UUID) error {
+	dir := e.volumeDir(id)
+	for _, d := range []string{dir + "/sco", dir + "/map"} {
+		if err := e.cfg.FS.MkdirAll(d); err != nil {
+			return err
+		}
+	}
+	for _, d := range []string{dir, e.cfg.DataDir + "/volumes"} {
+		if err := e.cfg.FS.SyncDir(d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// OpenVolume recovers a volume and starts it.
+func (e *Engine) OpenVolume(ctx context.Context, cfg VolumeConfig) (*Volume, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	e.mu.Lock()
+	if _, ok := e.volumes[cfg.ID]; ok {
+		e.mu.Unlock()
+		return nil, fmt.Errorf("volume %s is open already", cfg.Name)
+	}
+	e.volumes[cfg.ID] = nil // reserved
+	e.nextTag++
+	tag := e.nextTag
+	e.mu.Unlock()
+
+	v, err := e.openVolume(ctx, cfg, tag)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if err != nil {
+		delete(e.volumes, cfg.ID)
+		return nil, fmt.Errorf("open volume %s: %w", cfg.Name, err)
+	}
+	e.volumes[cfg.ID] = v
+	return v, nil
+}
+
+func (e *Engine) openVolume(ctx context.Context, cfg VolumeConfig, tag uint32) (*Volume, error) {
+	if err := e.makeDirs(cfg.ID); err != nil {
+		return nil, err
+	}
+	m, err := lba.New(cfg.Size / block.ClusterSize)
+	if err != nil {
+		return nil, err
+	}
+	v := &Volume{
+		eng: e, cfg: cfg, tag: tag, m: m, dir: e.volumeDir(cfg.ID),
+		log: e.cfg.Log.With().Str("volume", cfg.Name).Logger(), scos: map[uint64]*scoMeta{},
+	}
+	v.ctx, v.cancel = context.WithCancel(context.Background())
+	// All SCOs that can have chunks in the pool, and those waiting to be sealed.
+	inRAM := int64(e.pool.n) * chunkBytes / cfg.SCOBytes
+	slots := ramTableMin
+	for int64(slots) < 2*inRAM+ramTableMin {
+		slots *= 2
+	}
+	v.ram = make([]ramSlot, slots)
+	v.lastWrite.Store(e.now.Load())
+	v.setInfo()
+	v.ckpt = newCheckpoints(v)
+	start := time.Now()
+	if err := v.recover(ctx); err != nil {
+		v.cancel()
+		v.letGo()
+		return nil, err
+	}
+	v.log.Info().Dur("took", time.Since(start)).Uint64("replayed_records", v.stats.replayed.Load()).
+		Uint64("mapped_clusters", v.m.Mapped()).Msg("volume opened")
+	v.kickIO()
+	v.kickUpload()
+	return v, nil
+}
+
+// forget takes a volume out of the engine.
+func (e *Engine) forget(v *Volume) {
+	e.mu.Lock()
+	if e.volumes[v.cfg.ID] == v {
+		delete(e.volumes, v.cfg.ID)
+	}
+	e.mu.Unlock()
+	e.files.forget(v.tag, 0)
+	e.cache.DropVolume(v.tag)
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	for _, m := range v.scos {
+		if m.local {
+			e.addLocal(-m.size)
+		}
+	}
+}
+
+// DeleteVolume removes a volume that is not open. It may be repeated.
+func (e *Engine) DeleteVolume(ctx context.Context, cfg VolumeConfig) error {
+	e.mu.Lock()
+	_, open := e.volumes[cfg.ID]
+	e.mu.Unlock()
+	if open {
+		return fmt.Errorf("volume %s is open", cfg.Name)
+	}
+	if err := cfg.Store.DeleteNamespace(ctx, cfg.ID.String()); err != nil {
+		return fmt.Errorf("volume %s: %w", cfg.Name, err)
+	}
+	if err := e.cfg.FS.RemoveAll(e.volumeDir(cfg.ID)); err != nil {
+		return fmt.Errorf("volume %s: %w", cfg.Name, err)
+	}
+	for _, c := range e.pool.takeFound(cfg.ID) {
+		e.pool.release(c.id)
+	}
+	return e.cfg.FS.SyncDir(e.cfg.DataDir + "/volumes")
+}
+
+// Close closes all volumes and unmaps the pool. After a clean end the pool holds
+// nothing and its file is removed.
+func (e *Engine) Close(ctx context.Context) error {
+	var errs []error
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	for _, v := range e.list() {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			if err := v.Close(ctx); err != nil {
+				mu.Lock()
+				errs = append(errs, err)
+				mu.Unlock()
+			}
+		}()
+	}
+	wg.Wait()
+	close(e.stop)
+	e.stopped.Wait()
+	empty := e.pool.dirty.Load() == 0
+	errs = append(errs, e.pool.mapping.Close(), e.cache.Close())
+	if empty && errors.Join(errs...) == nil {
+		errs = append(errs, e.cfg.FS.Remove(e.cfg.PoolFile))
+	}
+	return errors.Join(errs...)
+}
+
+// addLocal accounts for sealed SCOs on the local disk.
+func (e *Engine) addLocal(n int64) { e.localBytes.Add(n) }
+
+// evict drops local copies of uploaded SCOs, those first that were not read for
+// the longest time, until they fit the budget.
+func (e *Engine) evict() {
+	for e.localBytes.Load() > e.cfg.CacheBytes {
+		var victim *scoMeta
+		var owner *Volume
+		for _, v := range e.list() {
+			if m := v.coldest(); m != nil && (victim == nil || m.lastRead < victim.lastRead) {
+				victim, owner = m, v
+			}
+		}
+		if victim == nil {
+			return
+		}
+		owner.dropLocal(victim)
+	}
+}
+
+// spillRate keeps the smoothed time that writing out a cluster takes.
+func (e *Engine) spillRate(clusters int, took time.Duration) {
+	per := int64(took) / int64(clusters)
+	old := e.perCluster.Load()
+	if old == 0 {
+		old = per
+	}
+	e.perCluster.Store((old*7 + per) / 8)
+}

@@ -1,0 +1,76 @@
+package driver
+
+import (
+	"context"
+	"time"
+)
+
+// Abandon stops the goroutines of an engine whose process is deemed dead. Its
+// mappings stay, as late stores of it may still come.
+func (e *Engine) Abandon() {
+	for _, v := range e.list() {
+		v.cancel()
+	}
+	close(e.stop)
+	e.stopped.Wait()
+	for _, v := range e.list() {
+		v.background.Wait()
+	}
+}
+
+func (v *Volume) Checkpoint(ctx context.Context) error { return v.checkpoint(ctx, false) }
+
+func (v *Volume) Publish(ctx context.Context) (bool, error) { return v.publish(ctx) }
+
+// WaitSealed spills and seals whatever is closed and uploads it.
+func (v *Volume) WaitSealed() bool {
+	for range 2000 {
+		v.kickIO()
+		v.kickUpload()
+		v.metaMu.Lock()
+		done := true
+		for _, l := range v.unsealed {
+			done = done && (!l.closed || l.sealed.Load())
+		}
+		for _, m := range v.scos {
+			done = done && m.uploaded
+		}
+		v.metaMu.Unlock()
+		if done {
+			return true
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return false
+}
+
+// ScrubAll rewrites every SCO that has any garbage.
+func (v *Volume) ScrubAll(ctx context.Context) error {
+	v.metaMu.Lock()
+	var list []*scoMeta
+	for _, m := range v.scos {
+		if n := v.live.at(m.number).Load(); n > 0 && uint32(n) < m.clusters && m.uploaded {
+			list = append(list, m)
+		}
+	}
+	v.metaMu.Unlock()
+	for _, m := range list {
+		if err := v.rewrite(ctx, m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// DropLocalCopies evicts everything that is in the store.
+func (v *Volume) DropLocalCopies() {
+	for {
+		m := v.coldest()
+		if m == nil {
+			return
+		}
+		v.dropLocal(m)
+	}
+}
+
+func (v *Volume) SpillNow() { v.kickSpill() }

@@ -1,0 +1,448 @@
+package driver
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"scoria/alba/vfs"
+	"scoria/driver/block"
+	"scoria/driver/sco"
+	"scoria/driver/tlog"
+)
+
+// ioState is the work of a volume's I/O goroutine, which exists only while
+// there is some.
+type ioState struct {
+	mu      sync.Mutex
+	running bool
+	again   bool
+	waiters []*block.Request // flushes and FUA writes
+	spill   bool             // write everything out, without a sync
+
+	uploading atomic.Bool
+}
+
+// flushLater lets r end when everything that is in the log now is durable.
+func (v *Volume) flushLater(r *block.Request) {
+	v.io.mu.Lock()
+	v.io.waiters = append(v.io.waiters, r)
+	v.io.mu.Unlock()
+	v.kickIO()
+}
+
+// nothingToFlush reports whether all that is in the log is durable already.
+func (v *Volume) nothingToFlush() bool {
+	if v.failed.Load() {
+		return false
+	}
+	v.gate.RLock()
+	defer v.gate.RUnlock()
+	records, _ := unpack(v.cur.head.Load())
+	if v.cur.durable.Load() != records {
+		return false
+	}
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	return len(v.unsealed) == 1 || (len(v.unsealed) > 1 && records > 0)
+}
+
+// kickIO makes the I/O goroutine look for work.
+func (v *Volume) kickIO() {
+	v.io.mu.Lock()
+	defer v.io.mu.Unlock()
+	v.io.again = true
+	if !v.io.running {
+		v.io.running = true
+		v.background.Add(1)
+		go v.ioLoop()
+	}
+}
+
+// kickSpill asks for everything to be written out soon.
+func (v *Volume) kickSpill() {
+	v.io.mu.Lock()
+	v.io.spill = true
+	v.io.mu.Unlock()
+	v.kickIO()
+}
+
+// ioLoop flushes first, then seals, then spills a little, until nothing is left.
+func (v *Volume) ioLoop() {
+	defer v.background.Done()
+	for {
+		v.io.mu.Lock()
+		waiters := v.io.waiters
+		v.io.waiters = nil
+		again := v.io.again
+		v.io.again = false
+		if len(waiters) == 0 && !again {
+			v.io.running = false
+			v.io.mu.Unlock()
+			return
+		}
+		v.io.mu.Unlock()
+
+		if len(waiters) > 0 {
+			err := v.syncAll()
+			for _, r := range waiters {
+				v.end(r, err)
+			}
+			v.kickIO()
+			continue
+		}
+		more, err := v.ioStep()
+		if err != nil {
+			v.ioFailed(err)
+			select {
+			case <-time.After(200 * time.Millisecond):
+				v.kickIO()
+			case <-v.ctx.Done():
+			}
+			continue
+		}
+		if more {
+			v.kickIO()
+		}
+	}
+}
+
+// ioStep does one piece of background work: seal the oldest closed SCO if all of
+// it is written, else write a piece of it or of the head. more says whether
+// there is another piece to do at once.
+func (v *Volume) ioStep() (more bool, err error) {
+	v.ioMu.Lock()
+	defer v.ioMu.Unlock()
+	v.metaMu.Lock()
+	var l *logSCO
+	if len(v.unsealed) > 0 {
+		l = v.unsealed[0]
+	}
+	v.metaMu.Unlock()
+	if l == nil || l.lost {
+		return false, nil
+	}
+	records, clusters := unpack(l.head.Load())
+	if l.closed {
+		if l.spilledR < records || l.spilledC < clusters {
+			return true, v.spill(l, records, spillPiece)
+		}
+		return true, v.seal(l)
+	}
+	if !v.wantSpill() {
+		return false, nil
+	}
+	// Only whole chunks: the last one is still being filled.
+	whole := clusters / chunkClusters * chunkClusters
+	if whole > l.spilledC {
+		return true, v.spillWhole(l, whole)
+	}
+	v.io.mu.Lock()
+	all := v.io.spill
+	v.io.spill = false
+	v.io.mu.Unlock()
+	if all && l.spilledR < records {
+		return false, v.spill(l, records, -1)
+	}
+	return false, nil
+}
+
+// spillPiece is how many clusters are written between two looks at the waiters.
+const spillPiece = 4 * chunkClusters
+
+// wantSpill decides whether the head should be written out before it must be.
+func (v *Volume) wantSpill() bool {
+	v.io.mu.Lock()
+	asked := v.io.spill
+	v.io.mu.Unlock()
+	return asked || v.eng.pool.fill() > spillAt
+}
+
+// ioFailed explains why background writing does not get on; it is tried again.
+func (v *Volume) ioFailed(err error) {
+	if errors.Is(err, syscall.ENOSPC) {
+		v.raise("disk-full", "the local disk under %s is full: the log can't be written out; writes pause when the write buffer is full and resume by themselves when there is room (%v)", v.dir, err)
+		return
+	}
+	v.raise("disk-error", "the local disk under %s fails: %v; tried again until it works", v.dir, err)
+}
+
+// spillWhole writes whole chunks of the head, without records: spilledR must
+// never run ahead of the clusters that its records name. A cluster may still be
+// on its way into its chunk, so it waits for the records.
+func (v *Volume) spillWhole(l *logSCO, whole uint32) error {
+	records, _ := unpack(l.head.Load())
+	l.filled(l.spilledR, records, true)
+	return v.writeOut(l, l.spilledR, min(whole, l.spilledC+spillPiece))
+}
+
+// spill writes records up to records and the clusters that belong to them; at
+// most piece clusters if that is positive.
+func (v *Volume) spill(l *logSCO, records uint32, piece int) error {
+	l.filled(l.spilledR, records, true)
+	clusters := v.clustersBefore(l, records)
+	if piece > 0 && clusters > l.spilledC+uint32(piece) {
+		return v.writeOut(l, l.spilledR, l.spilledC+uint32(piece))
+	}
+	return v.writeOut(l, records, clusters)
+}
+
+// clustersBefore is how many clusters the first records use: clusters are
+// reserved in the order of the records.
+func (v *Volume) clustersBefore(l *logSCO, records uint32) uint32 {
+	for i := records; i > l.spilledR; i-- {
+		r, ok := tlog.Get(l.record(i-1), l.key, i-1)
+		if !ok {
+			panic(fmt.Sprintf("driver: SCO %d: record %d is filled but not valid", l.hdr.Number, i-1))
+		}
+		if r.Cluster != tlog.NoCluster {
+			return max(r.Cluster+1, l.spilledC)
+		}
+	}
+	return l.spilledC
+}
+
+// writeOut writes clusters [spilledC, clusters) and records [spilledR, records)
+// to the SCO's file. Caller holds ioMu.
+func (v *Volume) writeOut(l *logSCO, records, clusters uint32) error {
+	if err := v.ensureFile(l); err != nil {
+		return err
+	}
+	p := v.eng.pool
+	start := time.Now()
+	from := l.spilledC
+	for c := l.spilledC; c < clusters; {
+		slot, off := l.cluster(c)
+		n := min(chunkClusters-c%chunkClusters, clusters-c)
+		data := p.chunk(l.data[slot].Load())[off : off+int(n)*block.ClusterSize]
+		l.unsynced = true
+		if _, err := l.file.WriteAt(data, sco.DataOff(c)); err != nil {
+			return fmt.Errorf("SCO %d: write %d clusters: %w", l.hdr.Number, n, err)
+		}
+		c += n
+		l.spilledC = c
+		v.stats.spilled.Add(uint64(len(data)))
+		if c%chunkClusters == 0 || (l.closed && c == clusters) {
+			p.markClean(l.data[slot].Load())
+		}
+	}
+	if clusters > from {
+		off := sco.DataOff(from)
+		if err := l.file.StartWriteback(off, sco.DataOff(clusters)-off); err != nil {
+			return fmt.Errorf("SCO %d: start writeback: %w", l.hdr.Number, err)
+		}
+		v.eng.spillRate(int(clusters-from), time.Since(start))
+	}
+	return v.writeRecords(l, records)
+}
+
+// writeRecords writes the pages that hold records [spilledR, records). The first
+// page repeats records that are durable already, with the same bytes: a torn
+// write can't hurt them.
+func (v *Volume) writeRecords(l *logSCO, records uint32) error {
+	const perPage = sco.Page / tlog.Size
+	for r := l.spilledR / perPage * perPage; r < records && l.spilledR < records; {
+		slot := r / chunkRecords
+		stop := min((records+perPage-1)/perPage*perPage, (slot+1)*chunkRecords)
+		b := v.eng.pool.chunk(l.recs[slot].Load())
+		data := b[int(r%chunkRecords)*tlog.Size : int(r%chunkRecords+stop-r)*tlog.Size]
+		l.unsynced = true
+		if _, err := l.file.WriteAt(data, l.hdr.RecordOff()+int64(r)*tlog.Size); err != nil {
+			return fmt.Errorf("SCO %d: write records: %w", l.hdr.Number, err)
+		}
+		v.stats.spilled.Add(uint64(len(data)))
+		r = stop
+	}
+	l.spilledR = max(l.spilledR, records)
+	return nil
+}
+
+// ensureFile creates the SCO's file with room for all it can hold.
+func (v *Volume) ensureFile(l *logSCO) error {
+	if l.file != nil {
+		return nil
+	}
+	name := v.scoPath(l.hdr.Number)
+	f, err := v.eng.cfg.FS.Open(name, vfs.Create)
+	if err != nil {
+		return fmt.Errorf("create %s: %w", name, err)
+	}
+	err = f.Allocate(0, l.hdr.OpenSize())
+	if err == nil {
+		_, err = f.WriteAt(l.hdr.Encode(), 0)
+	}
+	if err == nil {
+		err = v.eng.cfg.FS.SyncDir(v.scoDir())
+	}
+	if err != nil {
+		f.Close()
+		return fmt.Errorf("create %s: %w", name, err)
+	}
+	l.file = f
+	l.reader.Store(&f)
+	return nil
+}
+
+// syncAll makes everything in the log durable: data and records of each SCO that
+// is not sealed, oldest first, then one sync for each file that was written.
+// A failed sync fails this and all later flushes (see package vfs).
+func (v *Volume) syncAll() error {
+	if v.failed.Load() {
+		return fmt.Errorf("flush: %w: an earlier sync failed", block.ErrFailed)
+	}
+	v.gate.RLock()
+	target := v.cur
+	records, _ := unpack(target.head.Load())
+	v.gate.RUnlock()
+	for {
+		err := v.trySync(target, records)
+		if err == nil {
+			v.settle("disk-full")
+			v.settle("disk-error")
+			return nil
+		}
+		if v.failed.Load() {
+			return err
+		}
+		// Not written yet, but still in the pool: wait for the disk (P8).
+		v.ioFailed(err)
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-v.ctx.Done():
+			return block.ErrClosed
+		}
+	}
+}
+
+func (v *Volume) trySync(target *logSCO, records uint32) error {
+	v.ioMu.Lock()
+	defer v.ioMu.Unlock()
+	v.metaMu.Lock()
+	list := append([]*logSCO(nil), v.unsealed...)
+	v.metaMu.Unlock()
+	for _, l := range list {
+		if l.hdr.Number > target.hdr.Number {
+			break
+		}
+		upTo, _ := unpack(l.head.Load())
+		if l == target {
+			upTo = records
+		}
+		if upTo == 0 {
+			continue
+		}
+		if l.spilledR < upTo {
+			if err := v.spill(l, upTo, -1); err != nil {
+				return err
+			}
+		}
+		if l.unsynced {
+			if err := v.syncFile(l); err != nil {
+				return err
+			}
+		}
+		if d := l.spilledR; d > l.durable.Load() {
+			l.durable.Store(d)
+		}
+	}
+	return nil
+}
+
+// syncFile syncs a SCO's file. A failure is final for the volume: what the
+// kernel could not write it may have dropped, and a later sync would not say so.
+func (v *Volume) syncFile(l *logSCO) error {
+	v.stats.syncs.Add(1)
+	if err := l.file.Sync(); err != nil {
+		v.failed.Store(true)
+		l.lost = true
+		v.raise("sync-failed", "a sync of the local disk failed (%v): flushes of this volume fail until the daemon is restarted, because nobody can say what the disk has kept; check the disk under %s", err, v.dir)
+		return fmt.Errorf("flush: SCO %d: %w: %v", l.hdr.Number, block.ErrFailed, err)
+	}
+	l.unsynced = false
+	return nil
+}
+
+// sealFile writes records, CRC table and trailer behind the clusters and makes
+// the file final. The order matters: a crash before the truncation finds the
+// open format, one after it the trailer at the end of the file.
+func sealFile(f vfs.File, h *sco.Header, clusters, records uint32, encoded []byte, crcs []uint32, sync func() error) (*scoMeta, error) {
+	t, footer := h.Footer(clusters, records, encoded, crcs)
+	if _, err := f.WriteAt(footer, t.RecordOff); err != nil {
+		return nil, fmt.Errorf("write footer: %w", err)
+	}
+	if err := sync(); err != nil {
+		return nil, err
+	}
+	if err := f.Truncate(t.Size()); err != nil {
+		return nil, fmt.Errorf("truncate to %d: %w", t.Size(), err)
+	}
+	if err := sync(); err != nil {
+		return nil, err
+	}
+	return &scoMeta{number: t.Number, clusters: clusters, records: records, crcOff: t.CRCOff, size: t.Size(), local: true}, nil
+}
+
+// seal makes a closed SCO's file final. Caller holds ioMu.
+func (v *Volume) seal(l *logSCO) error {
+	records, clusters := unpack(l.head.Load())
+	if records == 0 {
+		// Nothing was ever logged here (a clean stop): forget it.
+		v.unlist(l)
+		return nil
+	}
+	if err := v.ensureFile(l); err != nil {
+		return err
+	}
+	encoded := make([]byte, 0, sco.RecordBytes(records)+chunkBytes)
+	for slot := range divUp(records, chunkRecords) {
+		encoded = append(encoded, v.eng.pool.chunk(l.recs[slot].Load())...)
+	}
+	crcs := make([]uint32, clusters)
+	for i := range crcs {
+		if t := l.crcs[i/chunkClusters].Load(); t != nil {
+			crcs[i] = t[i%chunkClusters].Load()
+		}
+	}
+	l.unsynced = true
+	m, err := sealFile(l.file, &l.hdr, clusters, records, encoded, crcs, func() error { return v.syncFile(l) })
+	if err != nil {
+		return fmt.Errorf("SCO %d: %w", l.hdr.Number, err)
+	}
+	l.durable.Store(records)
+	v.stats.spilled.Add(uint64(m.size - m.crcOff + sco.RecordBytes(records)))
+	v.metaMu.Lock()
+	v.scos[m.number] = m
+	v.metaMu.Unlock()
+	v.unlist(l)
+	v.settle("disk-full")
+	v.settle("disk-error")
+	for slot := range l.recs {
+		v.eng.pool.releaseOf(l, chunkRecs, uint32(slot))
+	}
+	for slot := range l.data {
+		if id := l.data[slot].Load(); id != 0 {
+			v.eng.pool.markClean(id)
+		}
+	}
+	l.sealed.Store(true)
+	l.reader.Store(nil)
+	v.eng.files.put(fileKey{v.tag, m.number}, l.file)
+	v.eng.addLocal(m.size)
+	v.kickUpload()
+	return nil
+}
+
+// unlist takes l from the SCOs that are not sealed.
+func (v *Volume) unlist(l *logSCO) {
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	for i, o := range v.unsealed {
+		if o == l {
+			v.unsealed = append(v.unsealed[:i:i], v.unsealed[i+1:]...)
+			return
+		}
+	}
+}

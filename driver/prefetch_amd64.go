@@ -1,0 +1,4 @@
+package driver
+
+//go:noescape
+func prefetchLines(p *byte)

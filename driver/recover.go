@@ -1,0 +1,720 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	"scoria/alba/vfs"
+	"scoria/driver/block"
+	"scoria/driver/lba"
+	"scoria/driver/sco"
+	"scoria/driver/tlog"
+)
+
+// Recovery. The checkpoint gives the map up to a position; the log behind it is
+// a chain of SCOs, each of which names its predecessor and the number of records
+// that the predecessor ended with (record Open). The chain is followed as far as
+// it goes and its records are applied in order. What comes after a break was
+// never durable as a whole and is thrown away: that is the prefix of P2.
+//
+// A SCO is read from the first of these that exists: its sealed file, its
+// records in the pool (the daemon died; nothing is missing and holes are
+// reservations that nobody was told about), its open file (power was lost; the
+// tail may be torn and is cut at the first record or cluster that fails its
+// checksum, but never below what is known to have been synced).
+
+// replaySCO is one SCO behind the checkpoint.
+type replaySCO struct {
+	number  uint64
+	records []tlog.Record
+	cut     uint32   // records that count
+	bound   uint32   // records that are known to have been synced
+	log     *logSCO  // in the pool
+	meta    *scoMeta // sealed
+	hdr     sco.Header
+	file    vfs.File // open format, not in the pool
+}
+
+// inventory is what was found of a volume's SCOs.
+type inventory struct {
+	local    map[uint64]bool
+	uploaded map[uint64]bool
+	chunks   map[uint64][]foundChunk
+	highest  uint64
+}
+
+func (v *Volume) takeInventory(ctx context.Context) (*inventory, error) {
+	inv := &inventory{local: map[uint64]bool{}, uploaded: map[uint64]bool{}, chunks: map[uint64][]foundChunk{}}
+	see := func(n uint64) { inv.highest = max(inv.highest, n) }
+	names, err := v.eng.cfg.FS.List(v.scoDir())
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		var n uint64
+		if _, err := fmt.Sscanf(name, "%016x.sco", &n); err == nil {
+			inv.local[n] = true
+			see(n)
+		}
+	}
+	objects, err := v.cfg.Store.List(ctx, v.namespace(), scoPrefix)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range objects {
+		var n uint64
+		if _, err := fmt.Sscanf(name, scoPrefix+"%016x", &n); err == nil {
+			inv.uploaded[n] = true
+			see(n)
+		}
+	}
+	for _, c := range v.eng.pool.takeFound(v.cfg.ID) {
+		inv.chunks[c.sco] = append(inv.chunks[c.sco], c)
+		see(c.sco)
+	}
+	return inv, nil
+}
+
+// recover brings the volume to the state of its log. The caller is alone.
+func (v *Volume) recover(ctx context.Context) error {
+	if err := v.cfg.Store.Fence(ctx, v.namespace(), v.cfg.Epoch); err != nil {
+		return err
+	}
+	inv, err := v.takeInventory(ctx)
+	if err != nil {
+		return err
+	}
+	if err := v.restoreCheckpoint(ctx, inv); err != nil {
+		return err
+	}
+	pos := v.ckpt.pos
+	inv.highest = max(inv.highest, pos.sco)
+	chain, err := v.followChain(ctx, inv, pos)
+	if err != nil {
+		return err
+	}
+	last := pos
+	for _, s := range chain {
+		if err := v.replay(ctx, s); err != nil {
+			return fmt.Errorf("replay of SCO %d: %w", s.number, err)
+		}
+		last = position{s.number, s.cut}
+	}
+	for _, s := range chain {
+		if err := v.settleReplayed(s); err != nil {
+			return err
+		}
+	}
+	v.cur = newLogSCO(v, inv.highest+1, last.sco, last.records)
+	if !v.install(v.cur) {
+		return fmt.Errorf("too many SCOs are not sealed")
+	}
+	return nil
+}
+
+// restoreCheckpoint loads the newest root, from the local disk or the store,
+// and what belongs to the SCOs up to its position.
+func (v *Volume) restoreCheckpoint(ctx context.Context, inv *inventory) error {
+	root, err := v.findRoot(ctx)
+	if err != nil || root == nil {
+		return err
+	}
+	if err := v.m.RestoreDirectory(root.Directory, root.Mapped); err != nil {
+		return err
+	}
+	v.ckpt.sequence = root.Sequence
+	v.ckpt.pos = position{root.LogSCO, uint32(root.LogRecord)}
+	table, err := decodeTable(root.Blob)
+	if err != nil {
+		return err
+	}
+	known := map[uint64]bool{}
+	for i := range table {
+		e := &table[i]
+		known[e.number] = true
+		v.live.ensure(e.number)
+		v.live.at(e.number).Store(int32(e.live))
+		if err := v.restoreSCO(ctx, e, inv); err != nil {
+			return err
+		}
+	}
+	// What the position covers and the table does not name was dead, and its
+	// deletion did not finish.
+	for n := range inv.local {
+		if n <= root.LogSCO && !known[n] {
+			if err := v.eng.cfg.FS.Remove(v.scoPath(n)); err != nil {
+				return err
+			}
+			delete(inv.local, n)
+		}
+	}
+	for n := range inv.uploaded {
+		if n <= root.LogSCO && !known[n] {
+			if err := v.cfg.Store.Delete(ctx, v.namespace(), scoObject(n), v.cfg.Epoch); err != nil {
+				return err
+			}
+		}
+	}
+	for n, chunks := range inv.chunks {
+		if n <= root.LogSCO {
+			v.releaseFound(chunks)
+			delete(inv.chunks, n)
+		}
+	}
+	return nil
+}
+
+// restoreSCO makes a SCO of the table known. One that was not sealed at the time
+// was durable, all the same: the checkpoint saw to that.
+func (v *Volume) restoreSCO(ctx context.Context, e *tableEntry, inv *inventory) error {
+	m := e.scoMeta
+	m.local, m.uploaded = inv.local[m.number], inv.uploaded[m.number]
+	if e.sealed {
+		if e.live == 0 && !m.local && !m.uploaded {
+			return nil // its space was given back after the checkpoint
+		}
+		v.addSealed(&m)
+		if !m.local && !m.uploaded {
+			v.raise("missing-data", "SCO %d is neither on the local disk nor in the store: reads of its %d live clusters fail", m.number, e.live)
+		}
+		return nil
+	}
+	s, err := v.loadSCO(ctx, m.number, inv)
+	if err != nil {
+		return err
+	}
+	if s == nil || uint32(len(s.records)) < m.records {
+		v.raise("missing-data", "SCO %d: %d records were durable, fewer are left: reads of their clusters fail", m.number, m.records)
+		if s == nil {
+			return nil
+		}
+	}
+	s.cut = min(m.records, uint32(len(s.records)))
+	delete(inv.chunks, m.number)
+	return v.settleReplayed(s)
+}
+
+func (v *Volume) addSealed(m *scoMeta) {
+	v.metaMu.Lock()
+	v.scos[m.number] = m
+	v.metaMu.Unlock()
+	if m.local {
+		v.eng.addLocal(m.size)
+	}
+}
+
+func (v *Volume) releaseFound(chunks []foundChunk) {
+	for _, c := range chunks {
+		v.eng.pool.release(c.id)
+	}
+}
+
+// findRoot returns the newest readable root and forgets temporary files.
+func (v *Volume) findRoot(ctx context.Context) (*lba.Root, error) {
+	local, err := v.eng.cfg.FS.List(v.mapDir())
+	if err != nil {
+		return nil, err
+	}
+	stored, err := v.cfg.Store.List(ctx, v.namespace(), "")
+	if err != nil {
+		return nil, err
+	}
+	var roots []string
+	for i, n := range append(slices.Clone(local), stored...) {
+		var object uint32
+		switch {
+		case strings.HasSuffix(n, ".tmp"):
+			if err := v.eng.cfg.FS.Remove(v.mapPath(n)); err != nil {
+				return nil, err
+			}
+		case strings.HasPrefix(n, rootPrefix):
+			roots = append(roots, n)
+		case strings.HasPrefix(n, pagesPrefix):
+			if _, err := fmt.Sscanf(n, pagesPrefix+"%08x", &object); err == nil {
+				v.ckpt.object = max(v.ckpt.object, object)
+				if i >= len(local) {
+					v.ckpt.inStore[object] = true
+				}
+			}
+		}
+	}
+	slices.Sort(roots)
+	roots = slices.Compact(roots)
+	slices.Reverse(roots)
+	for _, n := range roots {
+		root, err := v.readRoot(n)
+		if err == nil {
+			return root, nil
+		}
+		v.log.Error().Err(err).Str("root", n).Msg("checkpoint root is not readable; trying the one before")
+		v.checksumTrouble(err)
+	}
+	if len(roots) > 0 {
+		return nil, fmt.Errorf("none of %d checkpoint roots is readable: %w", len(roots), block.ErrCorrupt)
+	}
+	return nil, nil
+}
+
+func (v *Volume) checksumTrouble(err error) {
+	if errors.Is(err, lba.ErrFormat) {
+		v.stats.checksumErrors.Add(1)
+	}
+}
+
+// readRoot reads a root from the local disk or, if that one is damaged, the store.
+func (v *Volume) readRoot(name string) (*lba.Root, error) {
+	r, size, err := v.openMapObject(name)
+	if err != nil {
+		return nil, err
+	}
+	root, err := lba.ReadRoot(r, size)
+	if err == nil || !errors.Is(err, lba.ErrFormat) {
+		return root, err
+	}
+	if _, isLocal := r.(localFile); !isLocal {
+		return nil, err
+	}
+	size, serr := v.cfg.Store.Size(v.ctx, v.namespace(), name)
+	if serr != nil {
+		return nil, err
+	}
+	return lba.ReadRoot(storeObject{v.ctx, v, name}, size)
+}
+
+// followChain loads the SCOs behind pos, in order, as far as they belong
+// together, and removes what comes after.
+func (v *Volume) followChain(ctx context.Context, inv *inventory, pos position) ([]*replaySCO, error) {
+	var numbers []uint64
+	for _, set := range []map[uint64]bool{inv.local, inv.uploaded} {
+		for n := range set {
+			numbers = append(numbers, n)
+		}
+	}
+	for n := range inv.chunks {
+		numbers = append(numbers, n)
+	}
+	slices.Sort(numbers)
+	numbers = slices.Compact(numbers)
+	for len(numbers) > 0 && numbers[0] <= pos.sco {
+		numbers = numbers[1:]
+	}
+	var chain []*replaySCO
+	for i, n := range numbers {
+		s, err := v.loadSCO(ctx, n, inv)
+		if err != nil {
+			return nil, fmt.Errorf("SCO %d: %w", n, err)
+		}
+		if s != nil && v.joins(chain, pos, s) {
+			chain = append(chain, s)
+			continue
+		}
+		if s != nil {
+			s.discard(v)
+			if s.meta != nil || s.bound > 0 {
+				// Only what was durable before it can be followed by something durable.
+				return nil, fmt.Errorf("SCO %d does not follow on what is left of the log before it, and flushed data would be lost without it: %w", n, block.ErrCorrupt)
+			}
+		}
+		v.log.Warn().Uint64("sco", n).Msg("the log ends before this SCO; what was never flushed is dropped")
+		return chain, v.dropTail(ctx, numbers[i:], inv)
+	}
+	return chain, nil
+}
+
+// joins decides whether s continues the chain, and cuts its predecessor where s
+// says that it ended.
+func (v *Volume) joins(chain []*replaySCO, pos position, s *replaySCO) bool {
+	open := s.records[0]
+	s.cut = uint32(len(s.records))
+	if len(chain) == 0 {
+		return open.LBA == pos.sco && uint32(open.Arg) == pos.records
+	}
+	before := chain[len(chain)-1]
+	if open.LBA != before.number || uint32(open.Arg) > before.cut {
+		return false
+	}
+	before.cut = uint32(open.Arg)
+	return true
+}
+
+// dropTail removes SCOs that are not part of the log.
+func (v *Volume) dropTail(ctx context.Context, numbers []uint64, inv *inventory) error {
+	for _, n := range numbers {
+		v.releaseFound(inv.chunks[n])
+		delete(inv.chunks, n)
+		if inv.local[n] {
+			if err := v.eng.cfg.FS.Remove(v.scoPath(n)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+		}
+		if inv.uploaded[n] {
+			if err := v.cfg.Store.Delete(ctx, v.namespace(), scoObject(n), v.cfg.Epoch); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// discard lets go of what loadSCO took.
+func (s *replaySCO) discard(v *Volume) {
+	if s.log != nil {
+		s.log.releaseChunks()
+		if s.log.file != nil {
+			s.log.file.Close()
+		}
+	}
+	if s.file != nil {
+		s.file.Close()
+	}
+}
+
+// loadSCO reads a SCO from wherever it is. nil: there is nothing of it.
+func (v *Volume) loadSCO(ctx context.Context, n uint64, inv *inventory) (*replaySCO, error) {
+	chunks := inv.chunks[n]
+	if inv.local[n] {
+		s, err := v.loadSealedLocal(n)
+		if err != nil {
+			return nil, err
+		}
+		if s != nil {
+			s.meta.uploaded = inv.uploaded[n]
+			v.releaseFound(chunks)
+			delete(inv.chunks, n)
+			return s, nil
+		}
+	}
+	if len(chunks) > 0 {
+		delete(inv.chunks, n)
+		if s, err := v.loadFromPool(n, chunks, inv.local[n]); s != nil || err != nil {
+			return s, err
+		}
+	}
+	if inv.local[n] {
+		return v.loadOpenFile(n)
+	}
+	if inv.uploaded[n] {
+		return v.loadFromStore(ctx, n)
+	}
+	return nil, nil
+}
+
+func (v *Volume) sealedSCO(t sco.Trailer, r io.ReaderAt) (*replaySCO, error) {
+	if t.Volume != v.cfg.ID {
+		return nil, fmt.Errorf("SCO %d belongs to volume %s: %w", t.Number, t.Volume, sco.ErrFormat)
+	}
+	records, err := t.ReadRecords(r)
+	if err != nil {
+		return nil, err
+	}
+	return &replaySCO{
+		number: t.Number, records: records, cut: t.Records, bound: t.Records,
+		meta: &scoMeta{number: t.Number, clusters: t.Clusters, records: t.Records, crcOff: t.CRCOff, size: t.Size()},
+	}, nil
+}
+
+func (v *Volume) loadSealedLocal(n uint64) (*replaySCO, error) {
+	f, err := v.eng.cfg.FS.Open(v.scoPath(n), vfs.ReadOnly)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	size, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
+	t, err := sco.ReadTrailer(f, size)
+	if errors.Is(err, sco.ErrFormat) {
+		return nil, nil // not sealed
+	}
+	if err != nil {
+		return nil, err
+	}
+	s, err := v.sealedSCO(t, f)
+	if s != nil {
+		s.meta.local = true
+	}
+	return s, err
+}
+
+func (v *Volume) loadFromStore(ctx context.Context, n uint64) (*replaySCO, error) {
+	size, err := v.cfg.Store.Size(ctx, v.namespace(), scoObject(n))
+	if err != nil {
+		return nil, err
+	}
+	r := storeObject{ctx, v, scoObject(n)}
+	t, err := sco.ReadTrailer(r, size)
+	if err != nil {
+		return nil, err
+	}
+	s, err := v.sealedSCO(t, r)
+	if s != nil {
+		s.meta.uploaded = true
+	}
+	return s, err
+}
+
+// loadFromPool adopts the chunks that a dead daemon left. Records are valid or
+// were never finished; the latter become void.
+func (v *Volume) loadFromPool(n uint64, chunks []foundChunk, hasFile bool) (*replaySCO, error) {
+	l := newLogSCO(v, n, 0, 0)
+	var file vfs.File
+	if hasFile {
+		var err error
+		if file, err = v.eng.cfg.FS.Open(v.scoPath(n), 0); err != nil {
+			return nil, err
+		}
+		head := make([]byte, sco.Page)
+		if _, err := file.ReadAt(head, 0); err == nil {
+			if h, err := sco.DecodeHeader(head); err == nil && h.Volume == v.cfg.ID && h.Number == n {
+				l.hdr = h
+				l.makeSlots()
+			}
+		}
+	}
+	for _, c := range chunks {
+		if int(c.slot) >= len(l.slots(c.kind)) || l.slots(c.kind)[c.slot].Load() != 0 {
+			v.eng.pool.release(c.id)
+			continue
+		}
+		v.eng.pool.adopt(c, l)
+	}
+	s := &replaySCO{number: n, log: l, hdr: l.hdr}
+	s.records = l.salvage()
+	if len(s.records) == 0 || s.records[0].Type != tlog.Open {
+		l.releaseChunks()
+		if file != nil {
+			file.Close()
+		}
+		return nil, nil
+	}
+	if file != nil {
+		// The dead daemon may have written without a sync.
+		l.file, l.unsynced = file, true
+		l.reader.Store(&file)
+	}
+	l.hdr.Epoch = v.cfg.Epoch
+	return s, nil
+}
+
+// salvage reads all records in the pool, voids the holes, and sets the
+// reservation and what has to be written out again.
+func (l *logSCO) salvage() []tlog.Record {
+	var records []tlog.Record
+	provided := uint32(0)
+	for slot := range l.recs {
+		if l.recs[slot].Load() == 0 {
+			break
+		}
+		provided = min(uint32(slot+1)*chunkRecords, l.hdr.RecordsLimit)
+	}
+	end := uint32(0)
+	for i := range provided {
+		if _, ok := tlog.Get(l.record(i), l.key, i); ok {
+			end = i + 1
+		}
+	}
+	clusters := uint32(0)
+	for i := range end {
+		r, ok := tlog.Get(l.record(i), l.key, i)
+		if !ok {
+			// Its clusters are known only by what its neighbours leave out; nothing
+			// refers to them.
+			r = tlog.Record{Type: tlog.Void, Cluster: tlog.NoCluster}
+			clear(l.record(i))
+			tlog.Put(l.record(i), l.key, i, &r)
+		}
+		if r.Cluster != tlog.NoCluster {
+			clusters = max(clusters, r.Cluster+1)
+		}
+		if r.HasData() {
+			l.keepCRC(r.Cluster, r.DataCRC)
+		}
+		records = append(records, r)
+	}
+	l.head.Store(pack(end, clusters))
+	l.limit.Store(pack(end, clusters))
+	l.closed = true
+	l.spilledC = clusters
+	for slot := divUp(clusters, chunkClusters); slot > 0 && l.data[slot-1].Load() != 0; slot-- {
+		l.spilledC = (slot - 1) * chunkClusters
+	}
+	return records
+}
+
+// cutAt ends an adopted SCO behind the given records.
+func (l *logSCO) cutAt(records []tlog.Record) {
+	clusters := uint32(0)
+	for i := range records {
+		if c := records[i].Cluster; c != tlog.NoCluster {
+			clusters = max(clusters, c+1)
+		}
+	}
+	l.head.Store(pack(uint32(len(records)), clusters))
+	l.spilledC = min(l.spilledC, clusters)
+}
+
+func (l *logSCO) keepCRC(cluster, crc uint32) {
+	p := &l.crcs[cluster/chunkClusters]
+	if p.Load() == nil {
+		p.Store(new([chunkClusters]atomic.Uint32))
+	}
+	p.Load()[cluster%chunkClusters].Store(crc)
+}
+
+// loadOpenFile reads a SCO that was not sealed when power was lost.
+func (v *Volume) loadOpenFile(n uint64) (*replaySCO, error) {
+	f, err := v.eng.cfg.FS.Open(v.scoPath(n), 0)
+	if err != nil {
+		return nil, err
+	}
+	s, err := v.scanOpenFile(n, f)
+	if s == nil {
+		f.Close()
+	}
+	return s, err
+}
+
+func (v *Volume) scanOpenFile(n uint64, f vfs.File) (*replaySCO, error) {
+	head := make([]byte, sco.Page)
+	if _, err := f.ReadAt(head, 0); err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	h, err := sco.DecodeHeader(head)
+	if err != nil || h.Volume != v.cfg.ID || h.Number != n {
+		return nil, nil
+	}
+	encoded := make([]byte, int(h.RecordsLimit)*tlog.Size)
+	if k, err := f.ReadAt(encoded, h.RecordOff()); err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	} else {
+		clear(encoded[k:])
+	}
+	s := &replaySCO{number: n, hdr: h, file: f}
+	key := tlog.Key(v.cfg.ID, n)
+	for i := range h.RecordsLimit {
+		r, ok := tlog.Get(encoded[i*tlog.Size:], key, i)
+		if !ok {
+			break
+		}
+		s.records = append(s.records, r)
+		s.bound = max(s.bound, r.Durable)
+	}
+	if len(s.records) == 0 || s.records[0].Type != tlog.Open {
+		return nil, nil
+	}
+	buf := make([]byte, block.ClusterSize)
+	for i := int(s.bound); i < len(s.records); i++ {
+		r := &s.records[i]
+		if !r.HasData() {
+			continue
+		}
+		if r.Cluster >= h.ClustersCap {
+			s.records = s.records[:i]
+			break
+		}
+		if _, err := f.ReadAt(buf, sco.DataOff(r.Cluster)); err != nil && !errors.Is(err, io.EOF) {
+			return nil, err
+		}
+		if tlog.CRC(buf) != r.DataCRC {
+			s.records = s.records[:i]
+			break
+		}
+	}
+	return s, nil
+}
+
+// replay applies a SCO's records to the map, in order.
+func (v *Volume) replay(ctx context.Context, s *replaySCO) error {
+	v.live.ensure(s.number)
+	freed := func(old lba.Location) { v.live.at(old.SCO()).Add(-1) }
+	for i := range s.records[:s.cut] {
+		r := &s.records[i]
+		n := uint64(1)
+		if r.Type == tlog.Discard {
+			n = r.Arg
+		}
+		if r.Type != tlog.Write && r.Type != tlog.Relocate && r.Type != tlog.Discard {
+			continue
+		}
+		if r.LBA >= v.m.Clusters() || n > v.m.Clusters()-r.LBA {
+			return fmt.Errorf("record %d: cluster %d behind the end of the volume: %w", i, r.LBA, block.ErrCorrupt)
+		}
+		if !v.m.Resident(r.LBA, n) {
+			if err := v.m.Load(ctx, v.ckpt, r.LBA, n); err != nil {
+				return err
+			}
+		}
+		loc := lba.MakeLocation(s.number, r.Cluster&lba.MaxCluster)
+		switch r.Type {
+		case tlog.Write:
+			v.live.at(s.number).Add(1)
+			if old, _ := v.m.Set(r.LBA, loc); old != 0 {
+				freed(old)
+			}
+		case tlog.Relocate:
+			if done, _ := v.m.Replace(r.LBA, lba.Location(r.Arg), loc); done {
+				v.live.at(s.number).Add(1)
+				freed(lba.Location(r.Arg))
+			}
+		case tlog.Discard:
+			v.m.Clear(r.LBA, n, freed)
+		}
+	}
+	v.stats.replayed.Add(uint64(s.cut))
+	v.logSince.Add(int64(s.cut))
+	return nil
+}
+
+// settleReplayed puts a replayed SCO where the running volume expects it.
+func (v *Volume) settleReplayed(s *replaySCO) error {
+	v.live.ensure(s.number)
+	switch {
+	case s.meta != nil:
+		v.addSealed(s.meta)
+	case s.log != nil:
+		l := s.log
+		l.cutAt(s.records[:s.cut])
+		if !v.install(l) {
+			return fmt.Errorf("SCO %d: too many SCOs are not sealed", s.number)
+		}
+	default:
+		return v.sealReplayed(s)
+	}
+	return nil
+}
+
+// sealReplayed seals a SCO that was found as an open file, cut where the log
+// ends.
+func (v *Volume) sealReplayed(s *replaySCO) error {
+	clusters := uint32(0)
+	for i := range s.records[:s.cut] {
+		if r := &s.records[i]; r.Cluster != tlog.NoCluster {
+			clusters = max(clusters, r.Cluster+1)
+		}
+	}
+	crcs := make([]uint32, clusters)
+	encoded := make([]byte, sco.RecordBytes(s.cut))
+	key := tlog.Key(v.cfg.ID, s.number)
+	for i := range s.records[:s.cut] {
+		r := &s.records[i]
+		if r.HasData() {
+			crcs[r.Cluster] = r.DataCRC
+		}
+		tlog.Put(encoded[i*tlog.Size:], key, uint32(i), r)
+	}
+	m, err := sealFile(s.file, &s.hdr, clusters, s.cut, encoded, crcs, s.file.Sync)
+	if err != nil {
+		return fmt.Errorf("SCO %d: %w", s.number, err)
+	}
+	v.addSealed(m)
+	v.eng.files.put(fileKey{v.tag, s.number}, s.file)
+	s.file = nil
+	return nil
+}

@@ -1,0 +1,260 @@
+// Package sco is the format of a Storage Container Object, as a file that grows
+// and as the sealed object in the backend. It is pure: encoding, decoding and
+// the arithmetic of offsets.
+//
+// # Layout
+//
+//	          0        4096                        RecordOff            CRCOff
+//	          ├────────┼──────────────┬───────────┼───────────────────┬─────────────┬─────────┐
+//	open      │ header │ clusters     │ (not yet) │ records, growing  │ (room)                │
+//	          ├────────┼──────────────┴───────────┼───────────────────┼─────────────┼─────────┤
+//	sealed    │ header │ clusters                 │ records           │ CRC table   │ trailer │
+//	          └────────┴──────────────────────────┴───────────────────┴─────────────┴─────────┘
+//
+// Everything begins at a multiple of 4096 bytes; little endian throughout. While
+// the SCO is open the records lie behind room for all its clusters. A SCO that
+// is sealed early gets its records, CRC table and trailer right behind its last
+// cluster, unless they would overlap the place where they already are: a crash
+// in the middle must still find the old ones. Readers go by the trailer.
+//
+// The CRC table repeats the CRC32C of each cluster, four bytes each, so that a
+// partial read can be verified by reading one page more.
+//
+// header (4096 bytes): "SCORIASC", version u32, clusters capacity u32, volume
+// UUID 16, SCO number u64, epoch u64, record capacity u32, CRC32C u32 of what
+// precedes; rest zero.
+//
+// trailer (4096 bytes): "SCORIAEN", version u32, clusters u32, volume UUID 16,
+// SCO number u64, epoch u64, records u32, CRC32C of the records u32, record
+// offset u64, CRC table offset u64, CRC32C of the CRC table u32, CRC32C u32 of
+// what precedes; rest zero.
+package sco
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+
+	"github.com/google/uuid"
+
+	"scoria/driver/tlog"
+)
+
+// Page is the alignment of everything in a SCO, and the size of a cluster, in bytes.
+const Page = 4096
+
+// Version of the format that this package writes. It reads all up to it.
+const Version = 1
+
+// Limits of what decoders accept.
+const (
+	MaxClusters = 1 << 18 // 1 GiB of data
+	MaxRecords  = 1 << 20
+)
+
+const (
+	headerMagic  = "SCORIASC"
+	trailerMagic = "SCORIAEN"
+	headerLen    = 56
+	trailerLen   = 84
+)
+
+// ErrFormat: the bytes are not a header or trailer of this format.
+var ErrFormat = errors.New("not a SCO")
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// Header begins every SCO.
+type Header struct {
+	Volume       uuid.UUID
+	Number       uint64
+	Epoch        uint64
+	ClustersCap  uint32
+	RecordsLimit uint32
+}
+
+// Trailer ends a sealed SCO.
+type Trailer struct {
+	Volume     uuid.UUID
+	Number     uint64
+	Epoch      uint64
+	Clusters   uint32
+	Records    uint32
+	RecordsCRC uint32
+	CRCsCRC    uint32
+	RecordOff  int64
+	CRCOff     int64
+}
+
+// Size is the length in bytes of the sealed SCO.
+func (t *Trailer) Size() int64 { return t.CRCOff + CRCTableBytes(t.Clusters) + Page }
+
+// RoundUp rounds n up to whole pages.
+func RoundUp(n int64) int64 { return (n + Page - 1) &^ (Page - 1) }
+
+// DataOff is the offset of cluster index i.
+func DataOff(i uint32) int64 { return Page * (1 + int64(i)) }
+
+// RecordOff is where the records lie in an open SCO.
+func (h *Header) RecordOff() int64 { return DataOff(h.ClustersCap) }
+
+// OpenSize is the length of the file of an open SCO.
+func (h *Header) OpenSize() int64 {
+	return h.RecordOff() + RecordBytes(h.RecordsLimit) + CRCTableBytes(h.ClustersCap) + Page
+}
+
+// RecordBytes is the room that n records take.
+func RecordBytes(n uint32) int64 { return RoundUp(int64(n) * tlog.Size) }
+
+// CRCTableBytes is the room that the CRC table of n clusters takes.
+func CRCTableBytes(n uint32) int64 { return RoundUp(int64(n) * 4) }
+
+// SealedRecordOff decides where a SCO that is sealed with that many clusters and
+// records keeps its records.
+func (h *Header) SealedRecordOff(clusters, records uint32) int64 {
+	early := DataOff(clusters)
+	if early+RecordBytes(records)+CRCTableBytes(clusters)+Page <= h.RecordOff() {
+		return early
+	}
+	return h.RecordOff()
+}
+
+// Encode returns the header's page.
+func (h *Header) Encode() []byte {
+	b := make([]byte, Page)
+	copy(b, headerMagic)
+	le := binary.LittleEndian
+	le.PutUint32(b[8:], Version)
+	le.PutUint32(b[12:], h.ClustersCap)
+	copy(b[16:32], h.Volume[:])
+	le.PutUint64(b[32:], h.Number)
+	le.PutUint64(b[40:], h.Epoch)
+	le.PutUint32(b[48:], h.RecordsLimit)
+	le.PutUint32(b[52:], crc32.Checksum(b[:52], castagnoli))
+	return b
+}
+
+// DecodeHeader verifies and decodes the first page of a SCO.
+func DecodeHeader(b []byte) (h Header, err error) {
+	if len(b) < headerLen || string(b[:8]) != headerMagic {
+		return h, fmt.Errorf("SCO header: %w: wrong magic", ErrFormat)
+	}
+	le := binary.LittleEndian
+	if v := le.Uint32(b[8:]); v == 0 || v > Version {
+		return h, fmt.Errorf("SCO header: %w: version %d, this program reads up to %d", ErrFormat, v, Version)
+	}
+	if crc32.Checksum(b[:52], castagnoli) != le.Uint32(b[52:]) {
+		return h, fmt.Errorf("SCO header: %w: checksum", ErrFormat)
+	}
+	h = Header{
+		ClustersCap: le.Uint32(b[12:]), Number: le.Uint64(b[32:]),
+		Epoch: le.Uint64(b[40:]), RecordsLimit: le.Uint32(b[48:]),
+	}
+	copy(h.Volume[:], b[16:32])
+	if h.ClustersCap == 0 || h.ClustersCap > MaxClusters || h.RecordsLimit == 0 || h.RecordsLimit > MaxRecords {
+		return h, fmt.Errorf("SCO header: %w: room for %d clusters and %d records", ErrFormat, h.ClustersCap, h.RecordsLimit)
+	}
+	return h, nil
+}
+
+// Encode returns the trailer's page.
+func (t *Trailer) Encode() []byte {
+	b := make([]byte, Page)
+	copy(b, trailerMagic)
+	le := binary.LittleEndian
+	le.PutUint32(b[8:], Version)
+	le.PutUint32(b[12:], t.Clusters)
+	copy(b[16:32], t.Volume[:])
+	le.PutUint64(b[32:], t.Number)
+	le.PutUint64(b[40:], t.Epoch)
+	le.PutUint32(b[48:], t.Records)
+	le.PutUint32(b[52:], t.RecordsCRC)
+	le.PutUint64(b[56:], uint64(t.RecordOff))
+	le.PutUint64(b[64:], uint64(t.CRCOff))
+	le.PutUint32(b[72:], t.CRCsCRC)
+	le.PutUint32(b[80:], crc32.Checksum(b[:80], castagnoli))
+	return b
+}
+
+// DecodeTrailer verifies and decodes the last page of a sealed SCO of that size.
+func DecodeTrailer(b []byte, size int64) (t Trailer, err error) {
+	if len(b) < trailerLen || string(b[:8]) != trailerMagic {
+		return t, fmt.Errorf("SCO trailer: %w: wrong magic", ErrFormat)
+	}
+	le := binary.LittleEndian
+	if v := le.Uint32(b[8:]); v == 0 || v > Version {
+		return t, fmt.Errorf("SCO trailer: %w: version %d, this program reads up to %d", ErrFormat, v, Version)
+	}
+	if crc32.Checksum(b[:80], castagnoli) != le.Uint32(b[80:]) {
+		return t, fmt.Errorf("SCO trailer: %w: checksum", ErrFormat)
+	}
+	t = Trailer{
+		Clusters: le.Uint32(b[12:]), Number: le.Uint64(b[32:]), Epoch: le.Uint64(b[40:]),
+		Records: le.Uint32(b[48:]), RecordsCRC: le.Uint32(b[52:]),
+		RecordOff: int64(le.Uint64(b[56:])), CRCOff: int64(le.Uint64(b[64:])), CRCsCRC: le.Uint32(b[72:]),
+	}
+	copy(t.Volume[:], b[16:32])
+	if t.Clusters > MaxClusters || t.Records == 0 || t.Records > MaxRecords ||
+		t.RecordOff < DataOff(t.Clusters) || t.RecordOff > DataOff(MaxClusters) || t.RecordOff%Page != 0 ||
+		t.CRCOff != t.RecordOff+RecordBytes(t.Records) || t.Size() != size {
+		return t, fmt.Errorf("SCO trailer: %w: %d clusters, %d records at %d, size %d", ErrFormat, t.Clusters, t.Records, t.RecordOff, size)
+	}
+	return t, nil
+}
+
+// ReadTrailer reads the trailer of a sealed SCO of size bytes.
+func ReadTrailer(r io.ReaderAt, size int64) (Trailer, error) {
+	if size < 3*Page || size%Page != 0 {
+		return Trailer{}, fmt.Errorf("SCO trailer: %w: size %d", ErrFormat, size)
+	}
+	b := make([]byte, Page)
+	if _, err := r.ReadAt(b, size-Page); err != nil {
+		return Trailer{}, fmt.Errorf("SCO trailer: %w", err)
+	}
+	return DecodeTrailer(b, size)
+}
+
+// ReadRecords reads and verifies all records of a sealed SCO.
+func (t *Trailer) ReadRecords(r io.ReaderAt) ([]tlog.Record, error) {
+	b := make([]byte, RecordBytes(t.Records))
+	if _, err := r.ReadAt(b, t.RecordOff); err != nil {
+		return nil, fmt.Errorf("SCO %d: records at %d: %w", t.Number, t.RecordOff, err)
+	}
+	b = b[:t.Records*tlog.Size]
+	if crc32.Checksum(b, castagnoli) != t.RecordsCRC {
+		return nil, fmt.Errorf("SCO %d: records: %w: checksum", t.Number, ErrFormat)
+	}
+	key := tlog.Key(t.Volume, t.Number)
+	recs := make([]tlog.Record, t.Records)
+	for i := range recs {
+		rec, ok := tlog.Get(b[i*tlog.Size:], key, uint32(i))
+		if !ok {
+			return nil, fmt.Errorf("SCO %d: record %d: %w", t.Number, i, ErrFormat)
+		}
+		recs[i] = rec
+	}
+	return recs, nil
+}
+
+// Footer builds what follows the clusters of a sealed SCO: records, CRC table
+// and trailer, to be written at the returned trailer's RecordOff. records holds
+// the encoded records.
+func (h *Header) Footer(clusters, records uint32, encoded []byte, crcs []uint32) (Trailer, []byte) {
+	t := Trailer{
+		Volume: h.Volume, Number: h.Number, Epoch: h.Epoch, Clusters: clusters, Records: records,
+		RecordOff: h.SealedRecordOff(clusters, records),
+	}
+	t.CRCOff = t.RecordOff + RecordBytes(records)
+	b := make([]byte, t.Size()-t.RecordOff)
+	n := copy(b, encoded[:records*tlog.Size])
+	t.RecordsCRC = crc32.Checksum(b[:n], castagnoli)
+	tab := b[t.CRCOff-t.RecordOff:]
+	for i, c := range crcs[:clusters] {
+		binary.LittleEndian.PutUint32(tab[4*i:], c)
+	}
+	t.CRCsCRC = crc32.Checksum(tab[:4*clusters], castagnoli)
+	copy(b[len(b)-Page:], t.Encode())
+	return t, b
+}

@@ -1,0 +1,258 @@
+package driver
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"scoria/alba/vfs"
+	"scoria/driver/block"
+	"scoria/driver/cache"
+	"scoria/driver/lba"
+	"scoria/driver/sco"
+	"scoria/driver/tlog"
+)
+
+// readSealed reads n clusters of a sealed SCO from its local copy or through the
+// store, verifies them and leaves them in the read cache. A local copy that fails
+// its checksum is given up in favour of the store's.
+func (v *Volume) readSealed(ctx context.Context, loc lba.Location, n uint32, buf []byte) error {
+	number, first := loc.SCO(), loc.Cluster()
+	m, local := v.metaFor(number)
+	if m == nil {
+		return fmt.Errorf("SCO %d: %w", number, ErrNoObject)
+	}
+	if first+n > m.clusters {
+		return fmt.Errorf("SCO %d: cluster %d: %w: the SCO has %d", number, first, block.ErrCorrupt, m.clusters)
+	}
+	p := buf[:n*block.ClusterSize]
+	if local {
+		err := v.readVerified(number, first, p, func(b []byte, off int64) error { return v.readLocal(number, b, off) }, m)
+		if err == nil {
+			v.keep(loc, p)
+			return nil
+		}
+		if !v.giveUpLocal(m, err) {
+			return err
+		}
+	}
+	err := v.readVerified(number, first, p, func(b []byte, off int64) error {
+		v.stats.storeRead.Add(uint64(len(b)))
+		return v.cfg.Store.ReadAt(ctx, v.namespace(), scoObject(number), b, off)
+	}, m)
+	if err == nil {
+		v.keep(loc, p)
+	}
+	return err
+}
+
+// metaFor returns a sealed SCO's description and whether it has a local copy.
+func (v *Volume) metaFor(number uint64) (m *scoMeta, local bool) {
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	m = v.scos[number]
+	if m == nil {
+		return nil, false
+	}
+	m.lastRead = v.eng.now.Load()
+	return m, m.local
+}
+
+// readVerified reads clusters and checks them against the CRC table, both
+// through read.
+func (v *Volume) readVerified(number uint64, first uint32, p []byte, read func([]byte, int64) error, m *scoMeta) error {
+	if err := read(p, dataOff(first)); err != nil {
+		return fmt.Errorf("SCO %d: cluster %d: %w", number, first, err)
+	}
+	for i := range uint32(len(p) / block.ClusterSize) {
+		c := first + i
+		crc := tlog.CRC(p[i*block.ClusterSize : (i+1)*block.ClusterSize])
+		want, err := v.storedCRC(number, c, read, m, false)
+		if err == nil && crc != want {
+			// The table's page may be the one that is wrong in the cache.
+			want, err = v.storedCRC(number, c, read, m, true)
+		}
+		if err != nil {
+			return fmt.Errorf("SCO %d: CRC table: %w", number, err)
+		}
+		if crc != want {
+			v.corrupt(number, c)
+			return fmt.Errorf("SCO %d: cluster %d: %w", number, c, block.ErrCorrupt)
+		}
+	}
+	return nil
+}
+
+// storedCRC returns a cluster's checksum from the cache or the SCO's table.
+func (v *Volume) storedCRC(number uint64, cluster uint32, read func([]byte, int64) error, m *scoMeta, fresh bool) (uint32, error) {
+	k := crcKey{v.tag, cluster / crcsPerPage, number}
+	if page := v.eng.crcs.get(k); page != nil && !fresh {
+		return page[cluster%crcsPerPage], nil
+	}
+	b := make([]byte, sco.Page)
+	if err := read(b, m.crcOff+int64(k.page)*sco.Page); err != nil {
+		return 0, err
+	}
+	page := new([crcsPerPage]uint32)
+	for i := range page {
+		page[i] = binary.LittleEndian.Uint32(b[4*i:])
+	}
+	v.eng.crcs.put(k, page)
+	return page[cluster%crcsPerPage], nil
+}
+
+func (v *Volume) readLocal(number uint64, b []byte, off int64) error {
+	f, release, err := v.openLocal(number)
+	if err != nil {
+		return err
+	}
+	defer release()
+	_, err = f.ReadAt(b, off)
+	return err
+}
+
+func (v *Volume) openLocal(number uint64) (vfs.File, func(), error) {
+	return v.eng.files.get(fileKey{v.tag, number}, func() (vfs.File, error) {
+		return v.eng.cfg.FS.Open(v.scoPath(number), vfs.ReadOnly)
+	})
+}
+
+// giveUpLocal decides after a failed local read whether the store can help, and
+// if so drops the local copy when that is at fault.
+func (v *Volume) giveUpLocal(m *scoMeta, cause error) bool {
+	v.metaMu.Lock()
+	uploaded := m.uploaded
+	v.metaMu.Unlock()
+	if !uploaded {
+		return false
+	}
+	if !errors.Is(cause, fs.ErrNotExist) {
+		v.log.Warn().Uint64("sco", m.number).Err(cause).Msg("local copy is not readable; using the store's")
+	}
+	v.dropLocal(m)
+	return true
+}
+
+// dropLocal removes the local copy of an uploaded SCO.
+func (v *Volume) dropLocal(m *scoMeta) {
+	v.metaMu.Lock()
+	had := m.local
+	m.local = false
+	v.metaMu.Unlock()
+	if !had {
+		return
+	}
+	v.eng.files.forget(v.tag, m.number)
+	if err := v.eng.cfg.FS.Remove(v.scoPath(m.number)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		v.log.Warn().Uint64("sco", m.number).Err(err).Msg("local copy can't be removed")
+	}
+	v.eng.addLocal(-m.size)
+}
+
+func (v *Volume) cacheKey(loc lba.Location, i uint32) cache.Key {
+	return cache.Key{Volume: v.tag, Location: uint64(lba.MakeLocation(loc.SCO(), loc.Cluster()+i))}
+}
+
+// keep leaves verified clusters in the read cache.
+func (v *Volume) keep(loc lba.Location, p []byte) {
+	for i := uint32(0); i < uint32(len(p)/block.ClusterSize); i++ {
+		v.eng.cache.Put(v.cacheKey(loc, i), p[i*block.ClusterSize:(i+1)*block.ClusterSize])
+	}
+}
+
+// upload sends sealed SCOs to the store, oldest first, until none is left.
+func (v *Volume) upload() {
+	defer v.background.Done()
+	wait := 100 * time.Millisecond
+	for {
+		m := v.nextUpload()
+		if m == nil {
+			v.settle("store-unreachable")
+			return
+		}
+		err := v.uploadOne(m)
+		switch {
+		case err == nil:
+			wait = 100 * time.Millisecond
+			continue
+		case v.ctx.Err() != nil:
+			v.stopUpload()
+			return
+		case errors.Is(err, ErrStaleEpoch):
+			v.fence(err)
+			v.stopUpload()
+			return
+		}
+		v.raise("store-unreachable", "closed SCOs can't be uploaded: %v; tried again until it works, meanwhile they stay on the local disk", err)
+		select {
+		case <-time.After(wait):
+			wait = min(2*wait, 10*time.Second)
+		case <-v.ctx.Done():
+			v.stopUpload()
+			return
+		}
+	}
+}
+
+func (v *Volume) uploadOne(m *scoMeta) error {
+	f, release, err := v.openLocal(m.number)
+	if err != nil {
+		return err
+	}
+	defer release()
+	err = v.cfg.Store.Put(v.ctx, v.namespace(), scoObject(m.number), v.cfg.Epoch,
+		Object{Data: f, Size: m.size, LocalPath: v.scoPath(m.number)})
+	if err != nil {
+		return err
+	}
+	v.metaMu.Lock()
+	m.uploaded = true
+	gone := m.dropping
+	v.metaMu.Unlock()
+	if gone { // it died while it was on its way
+		return v.cfg.Store.Delete(v.ctx, v.namespace(), scoObject(m.number), v.cfg.Epoch)
+	}
+	v.eng.evict()
+	return nil
+}
+
+// nextUpload returns the oldest sealed SCO that is not in the store; nil ends
+// the uploader.
+func (v *Volume) nextUpload() *scoMeta {
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	var next *scoMeta
+	for _, m := range v.scos {
+		if !m.uploaded && !m.dropping && (next == nil || m.number < next.number) {
+			next = m
+		}
+	}
+	if next == nil {
+		v.io.uploading.Store(false)
+	}
+	return next
+}
+
+func (v *Volume) stopUpload() { v.io.uploading.Store(false) }
+
+// kickUpload starts the uploader unless it runs. Its last look for work holds
+// metaMu, as does whoever adds some before calling this.
+func (v *Volume) kickUpload() {
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	if !v.closing.Load() && v.ctx.Err() == nil && v.io.uploading.CompareAndSwap(false, true) {
+		v.background.Add(1)
+		go v.upload()
+	}
+}
+
+// fence stops the volume: somebody else owns it (P4).
+func (v *Volume) fence(cause error) {
+	if v.fenced.Swap(true) {
+		return
+	}
+	v.raise("fenced", "another daemon has taken this volume over: %v; this one serves it no longer", cause)
+}

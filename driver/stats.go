@@ -1,0 +1,48 @@
+package driver
+
+import "scoria/driver/block"
+
+// Stats returns the volume's counters. Safe from any goroutine.
+func (v *Volume) Stats() Stats {
+	var s Stats
+	for i := range s.Ops {
+		o := &v.stats.ops[i]
+		s.Ops[i] = OpStats{Count: o.count.Load(), Bytes: o.bytes.Load(), Errors: o.errors.Load()}
+	}
+	s.SyncCount = v.stats.syncs.Load()
+	s.SpilledBytes = v.stats.spilled.Load()
+	s.ScrubbedBytes = v.stats.scrubbed.Load()
+	s.ReclaimedBytes = v.stats.reclaimed.Load()
+	s.StoreReadBytes = v.stats.storeRead.Load()
+	s.ReadCacheHits = v.stats.cacheHits.Load()
+	s.ReadCacheMisses = v.stats.cacheMisses.Load()
+	s.ChecksumErrors = v.stats.checksumErrors.Load()
+	s.ReplayedRecords = v.stats.replayed.Load()
+	s.Checkpoints = v.stats.checkpointed.Load()
+
+	mapped := v.m.Mapped()
+	s.Space.Live = mapped * block.ClusterSize
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	var clusters, sealedLive uint64
+	for _, m := range v.scos {
+		clusters += uint64(m.clusters)
+		sealedLive += uint64(max(v.live.at(m.number).Load(), 0))
+		s.Space.Overhead += uint64(m.size) - uint64(m.clusters)*block.ClusterSize
+		if m.local {
+			s.Space.Local += uint64(m.size)
+		}
+		if m.uploaded {
+			s.Space.Store += uint64(m.size)
+		} else {
+			s.UploadBacklog += uint64(m.size)
+		}
+	}
+	s.Space.Garbage = (clusters - min(clusters, sealedLive)) * block.ClusterSize
+	for _, l := range v.unsealed {
+		_, c := unpack(l.head.Load())
+		s.LogHeadBytes += uint64(c) * block.ClusterSize
+	}
+	s.Conditions = v.conds.list()
+	return s
+}

@@ -1,0 +1,319 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"scoria/driver/block"
+	"scoria/driver/lba"
+)
+
+// ramTableMin is the least number of SCOs that a volume can have in RAM.
+const ramTableMin = 16
+
+type ramSlot = atomic.Pointer[logSCO]
+
+// Volume is an open virtual disk. It implements block.Device.
+type Volume struct {
+	eng *Engine
+	cfg VolumeConfig
+	log zerolog.Logger
+	tag uint32 // names the volume in the caches
+	dir string
+
+	info atomic.Pointer[block.Info]
+	m    *lba.Map
+	ckpt *checkpoints
+
+	// gate: shared by writers from reservation to map update, exclusive for
+	// what must not interleave with any of them (see the package doc).
+	gate sync.RWMutex
+	cur  *logSCO // guarded by gate
+
+	extendMu sync.Mutex // provides chunks to cur
+
+	// ram finds the SCOs in RAM by number & (len-1).
+	ram []ramSlot
+
+	live liveTable
+
+	// ioMu is held by the one goroutine that writes, syncs and seals this
+	// volume's SCO files.
+	ioMu     sync.Mutex
+	unsealed []*logSCO // oldest first; appended under gate and metaMu, removed under ioMu and metaMu
+	io       ioState
+
+	metaMu sync.Mutex
+	scos   map[uint64]*scoMeta // every SCO that is sealed
+
+	parked  parkedQueue
+	rmw     [64]sync.Mutex // sub-cluster writes, by cluster number
+	claims  claims
+	watches watches
+	conds   conditions
+	stats   counters
+	seq     seqReader
+
+	background sync.WaitGroup // goroutines of this volume
+	pending    sync.WaitGroup // requests that wait
+	ctx        context.Context
+	cancel     context.CancelFunc
+	closing    atomic.Bool
+	failed     atomic.Bool // a sync failed: no flush succeeds any more
+	fenced     atomic.Bool // a newer owner exists: nothing is served any more
+	lastWrite  atomic.Int64
+	logSince   atomic.Int64 // records in the SCOs closed since the last checkpoint
+	scrubbing  atomic.Bool
+
+	// tooMuchGarbage slows writers until the scrubber has caught up.
+	tooMuchGarbage atomic.Bool
+	checkMu        sync.RWMutex // Check holds it shared against deletion of SCOs
+}
+
+var _ block.Device = (*Volume)(nil)
+
+// Info implements block.Device.
+func (v *Volume) Info() block.Info { return *v.info.Load() }
+
+// ID returns the volume's identity.
+func (v *Volume) ID() string { return v.cfg.ID.String() }
+
+func (v *Volume) setInfo() {
+	v.info.Store(&block.Info{
+		Name: v.cfg.Name, Serial: v.cfg.Serial, Size: v.cfg.Size,
+		LogicalBlock: v.cfg.LogicalBlock, PhysicalBlock: block.ClusterSize,
+		ReadOnly: v.cfg.ReadOnly, DiscardAlignment: block.ClusterSize,
+	})
+}
+
+// Submit implements block.Device.
+func (v *Volume) Submit(batch []*block.Request) {
+	for len(batch) > 0 {
+		n := 1
+		for n < len(batch) && batch[n].Op == batch[0].Op {
+			n++
+		}
+		switch batch[0].Op {
+		case block.OpRead:
+			v.submitReads(batch[:n])
+		case block.OpWrite:
+			v.submitWrites(batch[:n])
+		default:
+			for _, r := range batch[:n] {
+				v.submitOther(r)
+			}
+		}
+		batch = batch[n:]
+	}
+}
+
+// answer ends a request from within Submit.
+func (v *Volume) answer(r *block.Request, err error) {
+	if err != nil {
+		v.stats.ops[r.Op].errors.Add(1)
+	}
+	r.Err, r.Ended = err, true
+}
+
+// takeOver says that r will end later; every takeOver has one end.
+func (v *Volume) takeOver(r *block.Request) {
+	r.Ended = false
+	v.pending.Add(1)
+}
+
+// end ends a request that Submit took over.
+func (v *Volume) end(r *block.Request, err error) {
+	if err != nil {
+		v.stats.ops[r.Op].errors.Add(1)
+	}
+	r.Err = err
+	r.Complete(r)
+	v.pending.Done()
+}
+
+// usable returns why the volume serves nothing, if so.
+func (v *Volume) usable() error {
+	if v.closing.Load() || v.fenced.Load() {
+		return block.ErrClosed
+	}
+	return nil
+}
+
+// writable returns why the volume takes no changes, if so: what can never become
+// durable should not be accepted, and must not fill the pool for the others.
+func (v *Volume) writable() error {
+	if v.failed.Load() {
+		return fmt.Errorf("%w: an earlier sync of the local disk failed", block.ErrFailed)
+	}
+	return v.usable()
+}
+
+func (v *Volume) submitOther(r *block.Request) {
+	info := v.info.Load()
+	err := block.CheckRange(info, r)
+	if err == nil {
+		err = v.usable()
+	}
+	if err != nil {
+		v.answer(r, err)
+		return
+	}
+	switch r.Op {
+	case block.OpFlush:
+		v.stats.ops[r.Op].add(1, 0)
+		if v.nothingToFlush() {
+			v.answer(r, nil)
+			return
+		}
+		v.takeOver(r)
+		v.flushLater(r)
+	case block.OpDiscard, block.OpWriteZeroes:
+		v.stats.ops[r.Op].add(1, r.Length)
+		if r.Length == 0 {
+			v.answer(r, nil)
+			return
+		}
+		v.takeOver(r)
+		go v.clearRange(r)
+	default:
+		v.answer(r, fmt.Errorf("operation %s is unknown", r.Op))
+	}
+}
+
+// Cancel implements block.Device.
+func (v *Volume) Cancel(owner any) {
+	for _, p := range v.parked.remove(func(p *parkedWrite) bool { return p.r.Owner == owner }) {
+		v.end(p.r, block.ErrCanceled)
+	}
+}
+
+// Resize changes the size. Growing takes effect at once and is announced to the
+// watchers; the registry must know the new size first. Shrinking is refused.
+func (v *Volume) Resize(_ context.Context, size uint64) error {
+	v.gate.Lock()
+	defer v.gate.Unlock()
+	c := v.cfg
+	c.Size = size
+	if err := c.Validate(); err != nil {
+		return err
+	}
+	if size < v.cfg.Size {
+		return fmt.Errorf("volume %s: new size %d is less than %d: shrinking is not supported", c.Name, size, v.cfg.Size)
+	}
+	v.m.Resize(size / block.ClusterSize)
+	v.cfg.Size = size
+	v.setInfo()
+	info := v.Info()
+	go v.watches.notify(info)
+	return nil
+}
+
+// Claim implements block.Device.
+func (v *Volume) Claim(c block.Claimant) (func(), error) { return v.claims.take(v.cfg.Name, c) }
+
+// Holder returns who may write now.
+func (v *Volume) Holder() (block.Claimant, bool) { return v.claims.current() }
+
+// Watch implements block.Device.
+func (v *Volume) Watch(fn func(block.Info)) func() { return v.watches.add(fn) }
+
+// BlockStatus implements block.Device.
+func (v *Volume) BlockStatus(ctx context.Context, off, length uint64, fn func(block.Extent) bool) error {
+	size := v.Info().Size
+	if off >= size {
+		return nil
+	}
+	end := off + min(length, size-off)
+	const step = 512 * block.ClusterSize // a leaf at a time
+	var cur block.Extent
+	for pos := off; pos < end; {
+		stop := min(end, (pos/step+1)*step)
+		first, last := pos/block.ClusterSize, (stop+block.ClusterSize-1)/block.ClusterSize
+		locs := make([]lba.Location, last-first)
+		for n := 0; n < len(locs); {
+			k := v.m.GetRange(first+uint64(n), locs[n:])
+			if k == 0 {
+				if err := v.m.Load(ctx, v.ckpt, first+uint64(n), 1); err != nil {
+					return err
+				}
+			}
+			n += k
+		}
+		for i, loc := range locs {
+			a := max(pos, (first+uint64(i))*block.ClusterSize)
+			b := min(stop, (first+uint64(i)+1)*block.ClusterSize)
+			if cur.Length > 0 && cur.Mapped == (loc != 0) {
+				cur.Length += b - a
+				continue
+			}
+			if cur.Length > 0 && !fn(cur) {
+				return nil
+			}
+			cur = block.Extent{Offset: a, Length: b - a, Mapped: loc != 0}
+		}
+		pos = stop
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	}
+	if cur.Length > 0 {
+		fn(cur)
+	}
+	return nil
+}
+
+// Close stops the volume: waiting requests end, everything is made durable and a
+// checkpoint is written so that the next opening replays nothing. Front ends
+// must have let go of it.
+func (v *Volume) Close(ctx context.Context) error {
+	if v.closing.Swap(true) {
+		return nil
+	}
+	for _, p := range v.parked.remove(func(*parkedWrite) bool { return true }) {
+		v.end(p.r, block.ErrClosed)
+	}
+	v.pending.Wait()
+	var err error
+	if !v.fenced.Load() && !v.failed.Load() {
+		err = v.checkpoint(ctx, true)
+	}
+	v.cancel()
+	v.background.Wait()
+	v.letGo()
+	if err != nil {
+		return fmt.Errorf("volume %s: close: %w", v.cfg.Name, err)
+	}
+	return nil
+}
+
+// letGo frees what the volume holds in shared structures.
+func (v *Volume) letGo() {
+	v.eng.forget(v)
+	for i := range v.ram {
+		l := v.ram[i].Swap(nil)
+		if l == nil {
+			continue
+		}
+		if l.sealed.Load() {
+			l.releaseChunks()
+		}
+	}
+	for _, l := range v.unsealed {
+		if l.file != nil {
+			l.file.Close()
+		}
+	}
+	v.ckpt.close()
+	v.m.Close()
+}
+
+// tick is called once a second by the engine.
+func (v *Volume) tick(now time.Time) {
+	idle := now.UnixNano() - v.lastWrite.Load()
+	v.maintain(time.Duration(idle))
+}
