@@ -1,7 +1,11 @@
 package integration
 
 import (
+	"context"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -130,6 +134,52 @@ func TestBadInputIsNamed(t *testing.T) {
 	if out := e.ok(e.CLI(e.ctx, "volume", "list")); strings.Contains(out, "default/w") {
 		t.Errorf("a refused volume is listed:\n%s", out)
 	}
+}
+
+// TestDaemonConfigFile: one file configures the daemon; a key it doesn't know is
+// an error that names it; the pool's defaults reach the guest; metrics are there.
+func TestDaemonConfigFile(t *testing.T) {
+	e := prepare(t)
+	e.Config = filepath.Join(e.DataDir, "scoria.toml")
+	config := fmt.Sprintf("data_dir = %q\nrun_dir = %q\n[pool]\nblock_size = 4096\n", e.DataDir, e.RunDir)
+	e.must(os.WriteFile(e.Config, []byte(config+"colour = \"blue\"\n"), 0o600))
+	_, err := bed.Run(e.ctx, e.Scoriad, "--config", e.Config)
+	e.refused(err, "colour")
+	e.must(os.WriteFile(e.Config, []byte(config), 0o600))
+	e.must(e.Start(e.ctx))
+	e.must(e.Create(e.ctx, "v", "64M"))
+	vm := e.boot(qemu.Options{Disks: []qemu.Disk{e.disk("v", 1)}})
+	if bs := e.guest(vm, "cat /sys/block/vda/queue/logical_block_size /sys/block/vda/queue/physical_block_size"); bs != "4096\n4096" {
+		t.Errorf("the guest's block sizes are %q", bs)
+	}
+	e.guest(vm, "set -e; mkfs.ext4 -q /dev/vda; mount /dev/vda /mnt; cp /bin/busybox /mnt; umount /mnt")
+	e.powerOff(vm)
+	e.fsck("v")
+	metrics := e.metrics()
+	for _, want := range []string{"scoria_", "default/v", "_bucket{"} {
+		if !strings.Contains(metrics, want) {
+			t.Errorf("metrics without %q:\n%s", want, metrics)
+		}
+	}
+}
+
+// metrics reads the daemon's metrics from its control socket.
+func (e *env) metrics() string {
+	e.Helper()
+	client := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", e.ControlSocket())
+		},
+	}}
+	req, err := http.NewRequestWithContext(e.ctx, http.MethodGet, "http://scoriad/metrics", nil)
+	e.must(err)
+	resp, err := client.Do(req)
+	e.must(err)
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	e.must(err)
+	return string(body)
 }
 
 // TestManyVolumes: volumes come and go while others are in use.

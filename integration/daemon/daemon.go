@@ -41,6 +41,8 @@ type Daemon struct {
 	Programs
 	DataDir  string // on a disk
 	RunDir   string // on tmpfs: sockets, and the log's head
+	Config   string // configuration file that names both; empty: they are given as arguments
+	LogTo    string // what the daemon prints; empty: scoriad.log in DataDir
 	Args     []string
 	Detached bool // lives on when this process ends
 
@@ -58,9 +60,13 @@ func (d *Daemon) Start(ctx context.Context) error {
 	if d.proc != nil && d.proc.Running() {
 		return errors.New("scoriad runs already")
 	}
+	args := []string{"--data-dir", d.DataDir, "--run-dir", d.RunDir}
+	if d.Config != "" {
+		args = []string{"--config", d.Config}
+	}
 	p, err := bed.Start(bed.Spec{
 		Path:     d.Scoriad,
-		Args:     append([]string{"--data-dir", d.DataDir, "--run-dir", d.RunDir}, d.Args...),
+		Args:     append(args, d.Args...),
 		Log:      d.LogFile(),
 		Detached: d.Detached,
 	})
@@ -103,7 +109,12 @@ func (d *Daemon) Stop(ctx context.Context) error {
 func (d *Daemon) Process() *bed.Process { return d.proc }
 
 // LogFile is where the daemon's log goes, over all its starts.
-func (d *Daemon) LogFile() string { return filepath.Join(d.DataDir, "scoriad.log") }
+func (d *Daemon) LogFile() string {
+	if d.LogTo != "" {
+		return d.LogTo
+	}
+	return filepath.Join(d.DataDir, "scoriad.log")
+}
 
 // ControlSocket is where the command line connects.
 func (d *Daemon) ControlSocket() string { return filepath.Join(d.RunDir, "control.sock") }
