@@ -1,0 +1,39 @@
+// Package host is the daemon behind cmd/scoriad: it opens registry, store and
+// engine, creates, opens, resizes, checks and deletes volumes, runs the front
+// ends on their sockets and answers the control API.
+//
+// # What lies where
+//
+//	DATA/lock          held while a daemon uses DATA; has its pid
+//	DATA/instance.json who this daemon is, and how it ended (instance.go)
+//	DATA/registry.db   pools, volumes, nodes (package registry)
+//	DATA/volumes/UUID  the engine's
+//	DATA/store         the embedded directory store
+//	RUN/lock           held while a daemon uses RUN; has its pid
+//	RUN/control.sock, RUN/nbd.sock, RUN/vhost/POOL/VOLUME.sock
+//
+// # Durability order
+//
+// A volume's creation: record in state creating; the engine's directories and
+// namespace; record in state ready; socket. Its deletion: record in state deleting;
+// socket gone, front ends disconnected; volume closed; the engine's files and the
+// namespace gone; record gone. Both are finished at the next start if the daemon
+// dies in between. A resize: record; engine; guests are told. An attachment is
+// recorded late and only for speed.
+//
+// A start: locks; instance.json says unclean; engine; unfinished volumes; control
+// socket, sockets of all volumes; volumes that were attached lately are opened.
+// A stop: front ends drained and closed; engine closed (flush, checkpoint);
+// instance.json says clean; the write buffer's file removed; locks.
+//
+// # Locks
+//
+// Order: volume.gate (a semaphore held across everything that changes one
+// volume's state, by several seconds at times), then VolumeSet.mu, a leaf. Nothing
+// calls into the engine, a front end or the registry with VolumeSet.mu held.
+//
+// # Goroutines
+//
+// Of Host: one per listener (control, metrics, nbd), one that follows
+// attachments and conditions once a second, one per volume being opened.
+package host

@@ -1,0 +1,388 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"scoria/alba/vfs"
+	"scoria/driver"
+	"scoria/driver/control"
+	"scoria/driver/dirstore"
+	"scoria/driver/nbd"
+	"scoria/driver/registry"
+)
+
+// attachmentsGrace is how long after a start the attachments of the last run
+// are still remembered: guests need a moment to come back.
+const attachmentsGrace = 2 * time.Minute
+
+// gcPercent lets the heap, which is small (the maps and buffers are outside),
+// grow further before it is collected.
+const gcPercent = 400
+
+// Host is a running daemon.
+type Host struct {
+	config  Config
+	version string
+	log     zerolog.Logger
+	started time.Time
+
+	id      instance
+	volumes *VolumeSet
+	engine  Engine
+	reg     *registry.Embedded
+	pool    string // the write buffer's file
+	poolLen int64
+
+	control *control.Server
+	metrics *http.Server // nil: off
+	failed  chan error
+	wg      sync.WaitGroup // listeners
+	bg      sync.WaitGroup // follower and openings of the start
+	stop    context.CancelFunc
+	closers []func() error // what Stop undoes last, in reverse
+
+	mu         sync.Mutex
+	conditions []control.Condition
+	stopping   bool
+	hurried    bool
+	hurry      context.CancelFunc // ends the closing of the engine early
+}
+
+// Start runs a daemon with the configuration until Stop. When it returns, the
+// control API answers and the sockets of all volumes are there. ctx bounds the
+// start only.
+func Start(ctx context.Context, c Config, version string, log zerolog.Logger) (h *Host, err error) {
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	h = &Host{config: c, version: version, log: log, started: time.Now().UTC().Truncate(time.Second), failed: make(chan error, 4)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, h.undo())
+		}
+	}()
+	fsys := vfs.OS()
+	if err := h.lock(fsys); err != nil {
+		return nil, err
+	}
+	if err := h.openParts(ctx, fsys); err != nil {
+		return nil, err
+	}
+	if err := h.prepareRegistry(ctx); err != nil {
+		return nil, err
+	}
+	if err := h.volumes.Finish(ctx); err != nil {
+		return nil, err
+	}
+	if err := h.serve(ctx); err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+// undo closes what was opened, last first.
+func (h *Host) undo() error {
+	var errs []error
+	for _, c := range slices.Backward(h.closers) {
+		errs = append(errs, c())
+	}
+	h.closers = nil
+	return errors.Join(errs...)
+}
+
+func (h *Host) undoLater(c func() error) { h.closers = append(h.closers, c) }
+
+func (h *Host) lock(fsys vfs.FS) error {
+	for _, d := range []struct{ what, dir string }{{"data directory", h.config.DataDir}, {"run directory", h.config.RunDir}} {
+		l, err := lockDir(fsys, d.what, d.dir)
+		if err != nil {
+			return err
+		}
+		h.undoLater(l.Close)
+	}
+	return nil
+}
+
+// openParts opens registry, store and engine, and records that this run has
+// begun.
+func (h *Host) openParts(ctx context.Context, fsys vfs.FS) error {
+	bootID, err := readBootID()
+	if err != nil {
+		return err
+	}
+	if h.id, err = loadInstance(fsys, h.config.DataDir); err != nil {
+		return err
+	}
+	h.log = h.log.With().Str("instance", h.id.ID[:8]).Logger()
+	plan := h.planWriteBuffer(fsys, bootID)
+	if h.reg, err = registry.Open(filepath.Join(h.config.DataDir, "registry.db")); err != nil {
+		return err
+	}
+	h.undoLater(h.reg.Close)
+	store, err := dirstore.Open(fsys, filepath.Join(h.config.DataDir, "store"), dirstore.Options{})
+	if err != nil {
+		return err
+	}
+	h.undoLater(store.Close)
+	h.engine, err = OpenEngine(ctx, driver.Config{
+		FS: fsys, DataDir: h.config.DataDir, PoolFile: h.pool, PoolBytes: h.poolLen,
+		CacheBytes: int64(h.config.Cache.Local), ReadCacheBytes: int64(h.config.Cache.Read),
+		Log: h.log,
+	})
+	if err != nil {
+		return err
+	}
+	h.undoLater(func() error { return h.closeEngine(fsys) })
+	if plan.needed && !h.engine.Adopted() {
+		c := lostCondition(h.pool)
+		h.log.Error().Str("condition", c.Code).Msg(c.Message)
+		h.conditions = append(h.conditions, control.Condition{Code: c.Code, Message: c.Message})
+	}
+	if plan.obsolete != "" {
+		if err := fsys.Remove(plan.obsolete); err != nil && !errors.Is(err, os.ErrNotExist) {
+			h.log.Warn().Err(err).Msg("the write buffer of an earlier run can't be removed")
+		}
+	}
+	// From here on the file counts; before, an unclean end lost nothing new.
+	h.id.BootID, h.id.Clean, h.id.PoolFile = bootID, false, h.pool
+	if err := h.id.save(fsys, h.config.DataDir); err != nil {
+		return err
+	}
+	h.volumes = NewVolumeSet(h.reg, h.engine, store, h.id.ID, h.config.vhostSocket, h.log)
+	return nil
+}
+
+// planWriteBuffer sets pool and poolLen.
+func (h *Host) planWriteBuffer(fsys vfs.FS, bootID string) poolPlan {
+	h.poolLen = int64(h.config.WriteBuffer.Size)
+	if h.poolLen == 0 {
+		h.poolLen = defaultWriteBuffer()
+	}
+	dir, why := poolDir(&h.config, fsys, h.poolLen)
+	plan := planPool(h.id, bootID, poolFileName(dir, h.id.ID))
+	h.pool = plan.file
+	if plan.needed {
+		why = "the last run died and left it there"
+	}
+	h.log.Info().Str("file", h.pool).Str("because", why).Stringer("size", Size(h.poolLen)).Msg("write buffer")
+	return plan
+}
+
+// closeEngine closes the volumes. Only if all of them were closed well the run
+// was a clean one and the write buffer is not needed any more.
+func (h *Host) closeEngine(fsys vfs.FS) error {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	h.mu.Lock()
+	h.hurry = cancel
+	if h.hurried {
+		cancel()
+	}
+	h.mu.Unlock()
+	if err := h.engine.Close(ctx); err != nil {
+		return fmt.Errorf("volumes were not closed in order; the next start recovers them: %w", err)
+	}
+	h.id.Clean = true
+	if err := h.id.save(fsys, h.config.DataDir); err != nil {
+		return err
+	}
+	if err := fsys.Remove(h.pool); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("write buffer: %w", err)
+	}
+	return nil
+}
+
+// prepareRegistry makes the default pool and this node's record.
+func (h *Host) prepareRegistry(ctx context.Context) error {
+	_, err := registry.Create(ctx, h.reg, registry.PoolKey(registry.DefaultPool), registry.Pool{
+		Name: registry.DefaultPool, BlockSize: h.config.Pool.BlockSize, SCOSize: int64(h.config.Pool.SCOSize), Created: h.started,
+	})
+	if err != nil && !errors.Is(err, registry.ErrExist) {
+		return err
+	}
+	name, err := os.Hostname()
+	if err != nil {
+		return err
+	}
+	_, err = registry.Create(ctx, h.reg, registry.NodeKey(h.id.ID), registry.Node{ID: h.id.ID, Host: name, Created: h.started})
+	if err != nil && !errors.Is(err, registry.ErrExist) {
+		return err
+	}
+	return nil
+}
+
+// serve starts control API, front ends and metrics.
+func (h *Host) serve(ctx context.Context) error {
+	gid, err := h.config.Sockets.gid()
+	if err != nil {
+		return err
+	}
+	socks := &sockets{dir: h.config.RunDir, mode: os.FileMode(h.config.Sockets.Mode), gid: gid}
+	keep, err := h.socketsOfVolumes(ctx)
+	if err != nil {
+		return err
+	}
+	if err := socks.sweep(keep); err != nil {
+		return fmt.Errorf("stale sockets: %w", err)
+	}
+	vf, err := newVhostFront(&h.config, h.volumes, h.log)
+	if err != nil {
+		return err
+	}
+	h.undoLater(h.closeFronts)
+	if err := h.volumes.Serve(ctx, vf); err != nil {
+		return err
+	}
+	var nbdServer *nbd.Server
+	if h.config.NBD.Enabled {
+		l, err := socks.listen(h.config.nbdSocket())
+		if err != nil {
+			return err
+		}
+		nf := newNBDFront(&h.config, l, h.volumes, h.log)
+		if err := h.volumes.Serve(ctx, nf); err != nil {
+			return err
+		}
+		nbdServer = nf.server
+	}
+	metrics := metricsHandler(newCollector(h.volumes, h.version, h.id.ID), newFrontCollector(vf, nbdServer))
+	if err := h.serveMetrics(metrics); err != nil {
+		return err
+	}
+	h.startFollowing(ctx)
+	return h.serveControl(socks, metrics)
+}
+
+func (h *Host) socketsOfVolumes(ctx context.Context) (map[string]bool, error) {
+	entries, err := registry.LoadAll[registry.Volume](ctx, h.reg, registry.VolumePrefix)
+	keep := map[string]bool{}
+	for i := range entries {
+		keep[h.config.vhostSocket(entries[i].Record.Pool, entries[i].Record.Name)] = true
+	}
+	return keep, err
+}
+
+// closeFronts lets requests under way end. Those that wait for room are
+// canceled and stay in the guests' rings; nothing else takes long.
+func (h *Host) closeFronts() error {
+	const drain = 20 * time.Second
+	ctx, cancel := context.WithTimeout(context.Background(), drain)
+	defer cancel()
+	return h.volumes.Close(ctx)
+}
+
+func (h *Host) serveMetrics(metrics http.Handler) error {
+	if h.config.Metrics.Address == "" {
+		return nil
+	}
+	l, err := net.Listen("tcp", h.config.Metrics.Address)
+	if err != nil {
+		return fmt.Errorf("metrics.address: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", metrics)
+	h.metrics = &http.Server{Handler: mux, ReadTimeout: 10 * time.Second, WriteTimeout: time.Minute, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+	h.undoLater(h.metrics.Close)
+	h.log.Info().Stringer("address", l.Addr()).Msg("metrics")
+	h.listen(func() error {
+		if err := h.metrics.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("metrics: %w", err)
+		}
+		return nil
+	})
+	return nil
+}
+
+func (h *Host) serveControl(socks *sockets, metrics http.Handler) error {
+	l, err := socks.listen(h.config.controlSocket())
+	if err != nil {
+		return err
+	}
+	log := h.log.With().Str("component", "control").Logger()
+	h.control = control.NewServer(&backend{VolumeSet: h.volumes, status: h.status, config: h.config}, metrics, log)
+	h.undoLater(func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		return errors.Join(h.control.Close(ctx), os.Remove(h.config.controlSocket()))
+	})
+	h.listen(func() error { return h.control.Serve(l) })
+	return nil
+}
+
+// listen runs a listener; its failure ends the daemon.
+func (h *Host) listen(serve func() error) {
+	h.wg.Go(func() {
+		if err := serve(); err != nil {
+			h.failed <- err
+		}
+	})
+}
+
+// Failed yields an error if the daemon can't go on and should be stopped.
+func (h *Host) Failed() <-chan error { return h.failed }
+
+// Stop ends the daemon in order: see the package doc. When hurry is closed
+// meanwhile, it stops waiting for what the next start can recover.
+func (h *Host) Stop(hurry <-chan struct{}) error {
+	h.mu.Lock()
+	h.stopping = true
+	h.mu.Unlock()
+	done := make(chan struct{})
+	defer close(done)
+	go func() {
+		select {
+		case <-hurry:
+			h.hurryUp()
+		case <-done:
+		}
+	}()
+	err := h.undo()
+	h.wg.Wait()
+	return err
+}
+
+func (h *Host) hurryUp() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.hurried = true
+	if h.hurry != nil {
+		h.hurry()
+	}
+}
+
+func (h *Host) status(context.Context) control.Status {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	host, _ := os.Hostname() // it is there, or prepareRegistry had failed
+	st := control.Status{
+		Version: h.version, Instance: h.id.ID, Host: host, PID: os.Getpid(), Started: h.started,
+		DataDir: h.config.DataDir, RunDir: h.config.RunDir, PoolFile: h.pool, WriteBuffer: h.poolLen,
+		Stopping: h.stopping, Conditions: append([]control.Condition{}, h.conditions...),
+	}
+	free, err := vfs.OS().Free(h.config.DataDir)
+	if err != nil {
+		st.Conditions = append(st.Conditions, control.Condition{Code: "data-dir", Message: err.Error()})
+	}
+	st.DataFree = free
+	return st
+}
+
+// TuneRuntime sizes Go's scheduler and collector for the daemon: threads that
+// poll must not take the place of those that work.
+func TuneRuntime(c *Config) {
+	runtime.GOMAXPROCS(runtime.NumCPU() + vhostWorkers(c) + 2)
+	debug.SetGCPercent(gcPercent)
+}

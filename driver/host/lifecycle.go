@@ -1,0 +1,289 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"scoria/driver"
+	"scoria/driver/block"
+	"scoria/driver/control"
+	"scoria/driver/registry"
+)
+
+// parallelOpenings bounds how many volumes are opened at once at a start.
+const parallelOpenings = 16
+
+// Serve adds a front end and lets it serve every ready volume.
+func (h *VolumeSet) Serve(ctx context.Context, f FrontEnd) error {
+	h.mu.Lock()
+	h.fronts = append(slices.Clone(h.fronts), f)
+	h.mu.Unlock()
+	names, err := h.Names(ctx)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		h.serveWith(f, h.volume(name))
+	}
+	return nil
+}
+
+func (h *VolumeSet) serve(v *volume) {
+	h.mu.Lock()
+	v.frontErrors = nil
+	fronts := h.fronts
+	h.mu.Unlock()
+	for _, f := range fronts {
+		h.serveWith(f, v)
+	}
+}
+
+func (h *VolumeSet) serveWith(f FrontEnd, v *volume) {
+	if err := f.Add(v.name); err != nil {
+		h.log.Error().Err(err).Str("volume", v.name).Msg("volume is not served by a front end")
+		h.mu.Lock()
+		v.frontErrors = append(v.frontErrors, err.Error())
+		h.mu.Unlock()
+	}
+}
+
+// Finish finishes creations and deletions that an earlier run left undone. What
+// can't be finished is logged and stays for the next start.
+func (h *VolumeSet) Finish(ctx context.Context) error {
+	entries, err := registry.LoadAll[registry.Volume](ctx, h.reg, registry.VolumePrefix)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		name := e.Record.FullName()
+		switch e.Record.State {
+		case registry.StateCreating:
+			if err = h.engine.CreateVolume(ctx, h.config(&e.Record)); err == nil {
+				e.Record.State = registry.StateReady
+				_, err = registry.Replace(ctx, h.reg, registry.VolumeKey(e.Record.Pool, e.Record.Name), e)
+			}
+		case registry.StateDeleting:
+			err = h.removeNow(ctx, e)
+		default:
+			continue
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			h.log.Error().Err(err).Str("volume", name).Str("state", string(e.Record.State)).Msg("unfinished volume can't be finished; will be tried at the next start")
+			continue
+		}
+		h.log.Info().Str("volume", name).Str("state", string(e.Record.State)).Msg("unfinished volume of an earlier run finished")
+	}
+	return nil
+}
+
+// removeNow takes a volume that is not open away: record in state deleting, what
+// the engine has, record.
+func (h *VolumeSet) removeNow(ctx context.Context, e registry.Entry[registry.Volume]) error {
+	key := registry.VolumeKey(e.Record.Pool, e.Record.Name)
+	var err error
+	if e.Record.State != registry.StateDeleting {
+		e.Record.State = registry.StateDeleting
+		if e, err = registry.Replace(ctx, h.reg, key, e); err != nil {
+			return fmt.Errorf("delete volume %s: %w", e.Record.FullName(), err)
+		}
+	}
+	if err := h.engine.DeleteVolume(ctx, h.config(&e.Record)); err != nil {
+		return fmt.Errorf("delete volume %s: %w", e.Record.FullName(), err)
+	}
+	if err := registry.Remove(ctx, h.reg, key, e.Revision); err != nil {
+		return fmt.Errorf("delete volume %s: %w", e.Record.FullName(), err)
+	}
+	return nil
+}
+
+// checkDelete says whether a deletion could begin now.
+func (h *VolumeSet) checkDelete(ctx context.Context, name string) (registry.Entry[registry.Volume], error) {
+	e, err := h.load(ctx, name)
+	if err != nil {
+		return e, err
+	}
+	if by := h.usedBy(e.Record.FullName()); by != "" {
+		return e, control.Errorf(control.CodeInUse, "volume %s is in use by %s: shut that down or detach the disk first", e.Record.FullName(), by)
+	}
+	return e, nil
+}
+
+// remove deletes a volume that nobody uses.
+func (h *VolumeSet) remove(ctx context.Context, name string) error {
+	name, err := fullName(name)
+	if err != nil {
+		return &notFoundError{err.Error()}
+	}
+	v, leave, err := h.enter(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	e, err := h.checkDelete(ctx, name)
+	if err != nil {
+		return err
+	}
+	dev := h.device(name)
+	if dev != nil {
+		// Whoever would write now is refused, for good.
+		release, err := dev.Claim(block.Claimant{Kind: "control", ID: "delete"})
+		var inUse *block.InUseError
+		if errors.As(err, &inUse) {
+			return control.Errorf(control.CodeInUse, "volume %s is in use by %s: shut that down or detach the disk first", name, inUse.Holder)
+		}
+		if err != nil {
+			return err
+		}
+		defer release()
+	}
+	e.Record.State = registry.StateDeleting
+	if e, err = registry.Replace(ctx, h.reg, registry.VolumeKey(e.Record.Pool, e.Record.Name), e); err != nil {
+		return fmt.Errorf("delete volume %s: %w", name, err)
+	}
+	h.withdraw(v)
+	if dev != nil {
+		if err := dev.Close(ctx); err != nil {
+			// Its contents are of no use any more.
+			h.log.Warn().Err(err).Str("volume", name).Msg("closing the volume for its deletion failed")
+		}
+	}
+	if err := h.removeNow(ctx, e); err != nil {
+		return err
+	}
+	h.mu.Lock()
+	delete(h.volumes, name)
+	delete(h.used, name)
+	h.mu.Unlock()
+	h.log.Info().Str("volume", name).Stringer("id", e.Record.ID).Msg("volume deleted")
+	return nil
+}
+
+// withdraw takes a volume from the front ends and forgets its device.
+func (h *VolumeSet) withdraw(v *volume) {
+	h.mu.Lock()
+	v.dev = nil
+	fronts := h.fronts
+	h.mu.Unlock()
+	for _, f := range fronts {
+		f.Remove(v.name)
+	}
+}
+
+// check verifies a volume: where it is open, under load; else offline, unless
+// somebody wants to open it meanwhile, and then online from the beginning.
+func (h *VolumeSet) check(ctx context.Context, name string, progress func(done, total int64)) (driver.CheckReport, error) {
+	name, err := fullName(name)
+	if err != nil {
+		return driver.CheckReport{}, &notFoundError{err.Error()}
+	}
+	report, again, err := h.checkOffline(ctx, name, progress)
+	if !again {
+		return report, err
+	}
+	dev, err := h.open(ctx, name)
+	if err != nil {
+		return driver.CheckReport{}, err
+	}
+	return dev.Check(ctx, progress)
+}
+
+func (h *VolumeSet) checkOffline(ctx context.Context, name string, progress func(done, total int64)) (report driver.CheckReport, again bool, err error) {
+	v, leave, err := h.enter(ctx, name)
+	if err != nil {
+		return report, false, err
+	}
+	defer leave()
+	e, err := h.load(ctx, name)
+	if err != nil {
+		return report, false, err
+	}
+	if e.Record.State != registry.StateReady {
+		return report, false, control.Errorf(control.CodeUnavailable, "volume %s can't be checked: %s", name, stateText(e.Record.State))
+	}
+	offline, cancel := context.WithCancel(ctx)
+	defer cancel()
+	h.mu.Lock()
+	if v.dev != nil || v.opening != nil || h.closed {
+		h.mu.Unlock()
+		return report, true, nil
+	}
+	v.offline = cancel
+	h.mu.Unlock()
+	report, err = h.engine.CheckVolume(offline, h.config(&e.Record), progress)
+	h.mu.Lock()
+	v.offline = nil
+	h.mu.Unlock()
+	return report, err != nil && offline.Err() != nil && ctx.Err() == nil, err
+}
+
+// openAll opens volumes side by side; failures are logged by the opening.
+func (h *VolumeSet) openAll(ctx context.Context, names []string) {
+	var g errgroup.Group
+	g.SetLimit(parallelOpenings)
+	for _, name := range names {
+		g.Go(func() error {
+			// A name of a volume that is gone since is no matter.
+			_, _ = h.open(ctx, name)
+			return ctx.Err()
+		})
+	}
+	// The only error is that ctx ended, which its owner knows.
+	_ = g.Wait()
+}
+
+// attached lists the volumes that front ends opened in this run, sorted.
+func (h *VolumeSet) attached() []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	names := make([]string, 0, len(h.used))
+	for name := range h.used {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// each calls fn for every open volume.
+func (h *VolumeSet) each(fn func(name string, dev Volume)) {
+	type open struct {
+		name string
+		dev  Volume
+	}
+	h.mu.Lock()
+	var list []open
+	for name, v := range h.volumes {
+		if v.dev != nil {
+			list = append(list, open{name, v.dev})
+		}
+	}
+	h.mu.Unlock()
+	for _, o := range list {
+		fn(o.name, o.dev)
+	}
+}
+
+// Close closes the front ends and waits for openings under way; the engine then
+// has no user any more. ctx bounds the draining.
+func (h *VolumeSet) Close(ctx context.Context) error {
+	h.mu.Lock()
+	h.closed = true
+	fronts := h.fronts
+	h.mu.Unlock()
+	h.cancel()
+	errs := make([]error, len(fronts))
+	var wg sync.WaitGroup
+	for i, f := range fronts {
+		wg.Go(func() { errs[i] = f.Close(ctx) })
+	}
+	wg.Wait()
+	h.wg.Wait()
+	return errors.Join(errs...)
+}
