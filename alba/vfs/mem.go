@@ -19,7 +19,7 @@ import (
 )
 
 // ErrKilled is what every call on a Mem, and on what was opened from it, returns
-// after KillClone took its place.
+// after Kill, or after KillClone made another take its place.
 var ErrKilled = errors.New("this instance of the file system was killed")
 
 // Op is a kind of call, for Mem.SetHook.
@@ -85,7 +85,9 @@ func NewMem() *Mem {
 // SetHook makes fn run before each call with the (new) name it is about, in the
 // caller's goroutine and with no lock held; nil removes it. The call fails with
 // fn's error and changes nothing, except that a Sync that fails so drops what
-// was unsynced at random, for good, as Linux does.
+// was unsynced at random, for good, as Linux does. A SyncDir that fails so leaves
+// the names undecided; a file system that can't write its names goes read-only,
+// which a hook that keeps failing shows.
 func (m *Mem) SetHook(fn func(op Op, name string) error) {
 	if fn == nil {
 		m.hook.Store(nil)

@@ -112,6 +112,14 @@ func (m *Mem) KillClone() (*Mem, error) {
 	return out, nil
 }
 
+// Kill cuts m off as KillClone does, without a clone: for what should no longer
+// reach anything after CrashClone. Stores into mappings still land, unseen.
+func (m *Mem) Kill() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.killed = true
+}
+
 // killer copies the graph of nodes; names of one file stay names of one file.
 type killer struct {
 	nodes map[*node]*node

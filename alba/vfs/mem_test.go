@@ -378,6 +378,9 @@ func TestKillKeepsEverything(t *testing.T) {
 	must(t, f.Close())
 	must(t, pm.Close())
 	must(t, cm.Close())
+	c.Kill()
+	_, err = c.Open("f", 0)
+	wantErr(t, err, ErrKilled)
 }
 
 // TestKillIsConsistentCut stores a counter to a far page before near ones, from
