@@ -76,7 +76,7 @@ func (c *fileCache) put(key fileKey, f vfs.File) {
 // get returns an open file, which open makes if need be, until release.
 func (c *fileCache) get(key fileKey, open func() (vfs.File, error)) (f vfs.File, release func(), err error) {
 	c.mu.Lock()
-	e, ok := c.m[key]
+	_, ok := c.m[key]
 	c.mu.Unlock()
 	if !ok {
 		f, err := open()
@@ -87,7 +87,8 @@ func (c *fileCache) get(key fileKey, open func() (vfs.File, error)) (f vfs.File,
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if e, ok = c.m[key]; !ok {
+	e, ok := c.m[key]
+	if !ok {
 		return nil, nil, fmt.Errorf("SCO %d: file was closed meanwhile", key.sco)
 	}
 	c.lru.MoveToFront(e)

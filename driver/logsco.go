@@ -51,7 +51,6 @@ func pack(records, clusters uint32) uint64       { return uint64(records)<<32 | 
 func unpack(w uint64) (records, clusters uint32) { return uint32(w >> 32), uint32(w) }
 func divUp(a, b uint32) uint32                   { return (a + b - 1) / b }
 func recordsLimit(clusters uint32) uint32        { return max(2*clusters, 1024) }
-func (l *logSCO) number() uint64                 { return l.hdr.Number }
 func (l *logSCO) cluster(i uint32) (c uint32, o int) {
 	return i / chunkClusters, int(i%chunkClusters) * block.ClusterSize
 }

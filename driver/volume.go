@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"fmt"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -93,6 +94,8 @@ func (v *Volume) setInfo() {
 
 // Submit implements block.Device.
 func (v *Volume) Submit(batch []*block.Request) {
+	// A fault on the peer's memory becomes a panic that fill and readInline catch.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	for len(batch) > 0 {
 		n := 1
 		for n < len(batch) && batch[n].Op == batch[0].Op {

@@ -1,0 +1,269 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync/atomic"
+
+	"scoria/alba/vfs"
+	"scoria/driver/block"
+	"scoria/driver/sco"
+	"scoria/driver/tlog"
+)
+
+// loadSCO reads a SCO from wherever it is. nil: there is nothing of it.
+func (v *Volume) loadSCO(ctx context.Context, n uint64, inv *inventory) (*replaySCO, error) {
+	chunks := inv.chunks[n]
+	if inv.local[n] {
+		s, err := v.loadSealedLocal(n)
+		if err != nil {
+			return nil, err
+		}
+		if s != nil {
+			s.meta.uploaded = inv.uploaded[n]
+			v.releaseFound(chunks)
+			delete(inv.chunks, n)
+			return s, nil
+		}
+	}
+	if len(chunks) > 0 {
+		delete(inv.chunks, n)
+		if s, err := v.loadFromPool(n, chunks, inv.local[n]); s != nil || err != nil {
+			return s, err
+		}
+	}
+	if inv.local[n] {
+		return v.loadOpenFile(n)
+	}
+	if inv.uploaded[n] {
+		return v.loadFromStore(ctx, n)
+	}
+	return nil, nil
+}
+
+func (v *Volume) sealedSCO(t sco.Trailer, r io.ReaderAt) (*replaySCO, error) {
+	if t.Volume != v.cfg.ID {
+		return nil, fmt.Errorf("SCO %d belongs to volume %s: %w", t.Number, t.Volume, sco.ErrFormat)
+	}
+	records, err := t.ReadRecords(r)
+	if err != nil {
+		return nil, err
+	}
+	return &replaySCO{
+		number: t.Number, records: records, cut: t.Records, bound: t.Records,
+		meta: &scoMeta{number: t.Number, clusters: t.Clusters, records: t.Records, crcOff: t.CRCOff, size: t.Size()},
+	}, nil
+}
+
+func (v *Volume) loadSealedLocal(n uint64) (*replaySCO, error) {
+	f, err := v.eng.cfg.FS.Open(v.scoPath(n), vfs.ReadOnly)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	size, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
+	t, err := sco.ReadTrailer(f, size)
+	if errors.Is(err, sco.ErrFormat) {
+		return nil, nil // not sealed
+	}
+	if err != nil {
+		return nil, err
+	}
+	s, err := v.sealedSCO(t, f)
+	if s != nil {
+		s.meta.local = true
+	}
+	return s, err
+}
+
+func (v *Volume) loadFromStore(ctx context.Context, n uint64) (*replaySCO, error) {
+	size, err := v.cfg.Store.Size(ctx, v.namespace(), scoObject(n))
+	if err != nil {
+		return nil, err
+	}
+	r := storeObject{ctx, v, scoObject(n)}
+	t, err := sco.ReadTrailer(r, size)
+	if err != nil {
+		return nil, err
+	}
+	s, err := v.sealedSCO(t, r)
+	if s != nil {
+		s.meta.uploaded = true
+	}
+	return s, err
+}
+
+// loadFromPool adopts the chunks that a dead daemon left. Records are valid or
+// were never finished; the latter become void.
+func (v *Volume) loadFromPool(n uint64, chunks []foundChunk, hasFile bool) (*replaySCO, error) {
+	l := newLogSCO(v, n, 0, 0)
+	var file vfs.File
+	if hasFile {
+		var err error
+		if file, err = v.eng.cfg.FS.Open(v.scoPath(n), 0); err != nil {
+			return nil, err
+		}
+		head := make([]byte, sco.Page)
+		if _, err := file.ReadAt(head, 0); err == nil {
+			if h, err := sco.DecodeHeader(head); err == nil && h.Volume == v.cfg.ID && h.Number == n {
+				l.hdr = h
+				l.makeSlots()
+			}
+		}
+	}
+	for _, c := range chunks {
+		if int(c.slot) >= len(l.slots(c.kind)) || l.slots(c.kind)[c.slot].Load() != 0 {
+			v.eng.pool.release(c.id)
+			continue
+		}
+		v.eng.pool.adopt(c, l)
+	}
+	s := &replaySCO{number: n, log: l, hdr: l.hdr}
+	s.records = l.salvage()
+	if len(s.records) == 0 || s.records[0].Type != tlog.Open {
+		l.releaseChunks()
+		if file != nil {
+			file.Close()
+		}
+		return nil, nil
+	}
+	if file != nil {
+		// The dead daemon may have written without a sync.
+		l.file, l.unsynced = file, true
+		l.reader.Store(&file)
+	}
+	l.hdr.Epoch = v.cfg.Epoch
+	return s, nil
+}
+
+// salvage reads all records in the pool, voids the holes, and sets the
+// reservation and what has to be written out again.
+func (l *logSCO) salvage() []tlog.Record {
+	var records []tlog.Record
+	provided := uint32(0)
+	for slot := range l.recs {
+		if l.recs[slot].Load() == 0 {
+			break
+		}
+		provided = min(uint32(slot+1)*chunkRecords, l.hdr.RecordsLimit)
+	}
+	end := uint32(0)
+	for i := range provided {
+		if _, ok := tlog.Get(l.record(i), l.key, i); ok {
+			end = i + 1
+		}
+	}
+	clusters := uint32(0)
+	for i := range end {
+		r, ok := tlog.Get(l.record(i), l.key, i)
+		if !ok {
+			// Its clusters are known only by what its neighbours leave out; nothing
+			// refers to them.
+			r = tlog.Record{Type: tlog.Void, Cluster: tlog.NoCluster}
+			clear(l.record(i))
+			tlog.Put(l.record(i), l.key, i, &r)
+		}
+		if r.Cluster != tlog.NoCluster {
+			clusters = max(clusters, r.Cluster+1)
+		}
+		if r.HasData() {
+			l.keepCRC(r.Cluster, r.DataCRC)
+		}
+		records = append(records, r)
+	}
+	l.head.Store(pack(end, clusters))
+	l.limit.Store(pack(end, clusters))
+	l.closed = true
+	l.spilledC = clusters
+	for slot := divUp(clusters, chunkClusters); slot > 0 && l.data[slot-1].Load() != 0; slot-- {
+		l.spilledC = (slot - 1) * chunkClusters
+	}
+	return records
+}
+
+// cutAt ends an adopted SCO behind the given records.
+func (l *logSCO) cutAt(records []tlog.Record) {
+	clusters := uint32(0)
+	for i := range records {
+		if c := records[i].Cluster; c != tlog.NoCluster {
+			clusters = max(clusters, c+1)
+		}
+	}
+	l.head.Store(pack(uint32(len(records)), clusters))
+	l.spilledC = min(l.spilledC, clusters)
+}
+
+func (l *logSCO) keepCRC(cluster, crc uint32) {
+	p := &l.crcs[cluster/chunkClusters]
+	if p.Load() == nil {
+		p.Store(new([chunkClusters]atomic.Uint32))
+	}
+	p.Load()[cluster%chunkClusters].Store(crc)
+}
+
+// loadOpenFile reads a SCO that was not sealed when power was lost.
+func (v *Volume) loadOpenFile(n uint64) (*replaySCO, error) {
+	f, err := v.eng.cfg.FS.Open(v.scoPath(n), 0)
+	if err != nil {
+		return nil, err
+	}
+	s, err := v.scanOpenFile(n, f)
+	if s == nil {
+		f.Close()
+	}
+	return s, err
+}
+
+func (v *Volume) scanOpenFile(n uint64, f vfs.File) (*replaySCO, error) {
+	head := make([]byte, sco.Page)
+	if _, err := f.ReadAt(head, 0); err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	h, err := sco.DecodeHeader(head)
+	if err != nil || h.Volume != v.cfg.ID || h.Number != n {
+		return nil, nil
+	}
+	encoded := make([]byte, int(h.RecordsLimit)*tlog.Size)
+	if k, err := f.ReadAt(encoded, h.RecordOff()); err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	} else {
+		clear(encoded[k:])
+	}
+	s := &replaySCO{number: n, hdr: h, file: f}
+	key := tlog.Key(v.cfg.ID, n)
+	for i := range h.RecordsLimit {
+		r, ok := tlog.Get(encoded[i*tlog.Size:], key, i)
+		if !ok {
+			break
+		}
+		s.records = append(s.records, r)
+		s.bound = max(s.bound, r.Durable)
+	}
+	if len(s.records) == 0 || s.records[0].Type != tlog.Open {
+		return nil, nil
+	}
+	buf := make([]byte, block.ClusterSize)
+	for i := int(s.bound); i < len(s.records); i++ {
+		r := &s.records[i]
+		if !r.HasData() {
+			continue
+		}
+		if r.Cluster >= h.ClustersCap {
+			s.records = s.records[:i]
+			break
+		}
+		if _, err := f.ReadAt(buf, sco.DataOff(r.Cluster)); err != nil && !errors.Is(err, io.EOF) {
+			return nil, err
+		}
+		if tlog.CRC(buf) != r.DataCRC {
+			s.records = s.records[:i]
+			break
+		}
+	}
+	return s, nil
+}
