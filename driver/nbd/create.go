@@ -28,7 +28,7 @@ type exportName struct {
 // parseExportName completes a name with the default pool and takes :size= off.
 func parseExportName(s string) (exportName, error) {
 	n := exportName{volume: s}
-	if at := strings.LastIndexByte(s, ':'); at >= 0 {
+	if at := strings.IndexByte(s, ':'); at >= 0 {
 		option := s[at+1:]
 		v, ok := strings.CutPrefix(option, "size=")
 		if !ok {
@@ -80,41 +80,42 @@ func parseSize(s string) (uint64, error) {
 	return (n.Uint64() + block.ClusterSize - 1) &^ (block.ClusterSize - 1), nil
 }
 
-// open finds an export's device. If there is none and mayCreate is set, the
-// volume is made in the two cases of the package doc.
-func (s *Server) open(ctx context.Context, p peer, name string, mayCreate bool) (block.Device, error) {
+// open finds an export's device and its full name. If there is none and
+// mayCreate is set, the volume is made in the two cases of the package doc.
+func (s *Server) open(ctx context.Context, p peer, name string, mayCreate bool) (dev block.Device, volume string, err error) {
 	n, err := parseExportName(name)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	dev, err := s.Opener.Open(ctx, n.volume)
+	dev, err = s.Opener.Open(ctx, n.volume)
 	switch {
 	case err == nil && dev.Info().Size < n.size:
-		return nil, fmt.Errorf("volume %s exists with %d bytes, less than the %d asked for; resize it with `scoria volume resize`", n.volume, dev.Info().Size, n.size)
+		return nil, "", fmt.Errorf("volume %s exists with %d bytes, less than the %d asked for; resize it with `scoria volume resize`", n.volume, dev.Info().Size, n.size)
 	case err == nil || !errors.Is(err, block.ErrNotFound):
-		return dev, err
+		return dev, n.volume, err
 	}
 	size, cause := n.size, "its name has size="
-	if size == 0 && p.pid > 0 {
-		size, cause = createSize(s.cmdline(p.pid), n.volume), "qemu-img create"
+	if size == 0 && mayCreate && p.pid > 0 {
+		size, cause = createSize(cmdline(p.pid), n.volume), "qemu-img create"
 	}
 	if size == 0 || !mayCreate || strings.Contains(n.volume, "@") {
-		return nil, fmt.Errorf("%w; make it with `scoria volume create %s --size SIZE`, `qemu-img create -f raw`, or by opening %s:size=SIZE", err, n.volume, n.volume)
+		return nil, "", fmt.Errorf("%w; make it with `scoria volume create %s --size SIZE`, `qemu-img create -f raw`, or by opening %s:size=SIZE", err, n.volume, n.volume)
 	}
-	if err := s.Opener.Create(ctx, n.volume, size); err != nil {
-		// Two clients may have asked at once; then both find it now.
-		if dev, err := s.Opener.Open(ctx, n.volume); err == nil {
-			return dev, nil
-		}
-		return nil, fmt.Errorf("create volume %s with %d bytes: %w", n.volume, size, err)
+	err = s.Opener.Create(ctx, n.volume, size)
+	dev, openErr := s.Opener.Open(ctx, n.volume)
+	switch {
+	case err != nil && openErr == nil && dev.Info().Size >= size:
+		return dev, n.volume, nil // two clients asked at once
+	case err != nil:
+		return nil, "", fmt.Errorf("create volume %s with %d bytes: %w", n.volume, size, err)
 	}
 	s.stats.created.Add(1)
 	s.Log.Info().Str("volume", n.volume).Uint64("bytes", size).Int("pid", p.pid).Str("cause", cause).Msg("volume created through the helper socket")
-	return s.Opener.Open(ctx, n.volume)
+	return dev, n.volume, openErr
 }
 
 // cmdline returns the arguments of a process, nil if they can't be read.
-func (s *Server) cmdline(pid int) []string {
+func cmdline(pid int) []string {
 	b, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "cmdline"))
 	if err != nil || len(b) == 0 || len(b) > 1<<20 {
 		return nil

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -19,6 +20,8 @@ func (c *conn) handshake() (transmit bool, err error) {
 	if err := c.nc.SetDeadline(time.Now().Add(c.s.HandshakeTime)); err != nil {
 		return false, err
 	}
+	ctx, cancel := context.WithTimeout(c.ctx, c.s.HandshakeTime)
+	defer cancel()
 	hello := binary.BigEndian.AppendUint64(nil, magicInit)
 	hello = binary.BigEndian.AppendUint64(hello, magicOption)
 	hello = binary.BigEndian.AppendUint16(hello, flagFixedNewstyle|flagNoZeroes)
@@ -54,7 +57,7 @@ func (c *conn) handshake() (transmit bool, err error) {
 		if option != optExportName && flags&flagFixedNewstyle == 0 {
 			return false, fmt.Errorf("option %d without fixed newstyle: %w", option, errProtocol)
 		}
-		end, err := c.option(option, data, flags&flagNoZeroes != 0)
+		end, err := c.option(ctx, option, data, flags&flagNoZeroes != 0)
 		if err != nil {
 			return false, err
 		}
@@ -73,21 +76,21 @@ func (c *conn) handshake() (transmit bool, err error) {
 }
 
 // option answers one option; end says that the handshake is over.
-func (c *conn) option(option uint32, data []byte, noZeroes bool) (end bool, err error) {
+func (c *conn) option(ctx context.Context, option uint32, data []byte, noZeroes bool) (end bool, err error) {
 	if c.ctx.Err() != nil && option != optAbort {
 		return false, c.refuse(option, repErrStop, "the server is shutting down")
 	}
 	switch option {
 	case optExportName:
-		return true, c.optExportName(string(data), noZeroes)
+		return true, c.optExportName(ctx, string(data), noZeroes)
 	case optAbort:
 		// The client may be gone already.
 		_ = c.send(appendOptReply(nil, option, repAck, nil))
 		return true, nil
 	case optList:
-		return false, c.optList(data)
+		return false, c.optList(ctx, data)
 	case optInfo, optGo:
-		return c.optInfo(option, data)
+		return c.optInfo(ctx, option, data)
 	case optStructuredReply:
 		if len(data) != 0 {
 			return false, c.refuse(option, repErrInvalid, "NBD_OPT_STRUCTURED_REPLY has no data")
@@ -95,7 +98,7 @@ func (c *conn) option(option uint32, data []byte, noZeroes bool) (end bool, err 
 		c.structured = true
 		return false, c.send(appendOptReply(nil, option, repAck, nil))
 	case optListMeta, optSetMeta:
-		return false, c.optMeta(option, data)
+		return false, c.optMeta(ctx, option, data)
 	case optStartTLS:
 		return false, c.refuse(option, repErrPolicy, "the helper socket is local and has no TLS")
 	}
@@ -129,16 +132,16 @@ func (c *conn) refuseFor(option uint32, err error) error {
 
 // optExportName ends the handshake the old way, which has no error replies: an
 // export that can't be had ends the connection.
-func (c *conn) optExportName(name string, noZeroes bool) error {
+func (c *conn) optExportName(ctx context.Context, name string, noZeroes bool) error {
 	if len(name) > maxString {
 		return fmt.Errorf("export name of %d bytes, at most %d are allowed: %w", len(name), maxString, errProtocol)
 	}
-	dev, err := c.s.open(c.ctx, c.peer, name, true)
+	dev, volume, err := c.s.open(ctx, c.peer, name, true)
 	if err != nil {
 		return fmt.Errorf("NBD_OPT_EXPORT_NAME: %w", err)
 	}
 	info := dev.Info()
-	c.enter(dev, &info)
+	c.enter(dev, volume, &info)
 	reply := appendInfoExport(nil, info.Size, c.transmissionFlags(&info))
 	if !noZeroes {
 		reply = append(reply, make([]byte, 124)...)
@@ -146,11 +149,11 @@ func (c *conn) optExportName(name string, noZeroes bool) error {
 	return c.send(reply)
 }
 
-func (c *conn) optList(data []byte) error {
+func (c *conn) optList(ctx context.Context, data []byte) error {
 	if len(data) != 0 {
 		return c.refuse(optList, repErrInvalid, "NBD_OPT_LIST has no data")
 	}
-	names, err := c.s.Opener.Names(c.ctx)
+	names, err := c.s.Opener.Names(ctx)
 	if err != nil {
 		return c.refuseFor(optList, err)
 	}
@@ -168,12 +171,12 @@ func (c *conn) optList(data []byte) error {
 }
 
 // optInfo answers NBD_OPT_INFO and NBD_OPT_GO. Only the latter may create.
-func (c *conn) optInfo(option uint32, data []byte) (end bool, err error) {
+func (c *conn) optInfo(ctx context.Context, option uint32, data []byte) (end bool, err error) {
 	name, wanted, err := parseInfoRequest(data)
 	if err != nil {
 		return false, c.refuseFor(option, err)
 	}
-	dev, err := c.s.open(c.ctx, c.peer, name, option == optGo)
+	dev, volume, err := c.s.open(ctx, c.peer, name, option == optGo)
 	if err != nil {
 		c.log.Debug().Err(err).Str("export", name).Msg("nbd export refused")
 		return false, c.refuseFor(option, err)
@@ -184,14 +187,14 @@ func (c *conn) optInfo(option uint32, data []byte) (end bool, err error) {
 	b = appendOptReply(b, option, repInfo,
 		appendInfoBlockSize(nil, 1, max(info.PhysicalBlock, info.LogicalBlock), maxPayload))
 	if slices.Contains(wanted, infoName) {
-		b = appendOptReply(b, option, repInfo, appendInfoString(nil, infoName, info.Name))
+		b = appendOptReply(b, option, repInfo, appendInfoString(nil, infoName, volume))
 	}
 	if slices.Contains(wanted, infoDescription) {
 		b = appendOptReply(b, option, repInfo, appendInfoString(nil, infoDescription, "Scoria volume "+info.Serial))
 	}
 	b = appendOptReply(b, option, repAck, nil)
 	if option == optGo {
-		c.enter(dev, &info)
+		c.enter(dev, volume, &info)
 	}
 	return option == optGo, c.send(b)
 }
@@ -199,7 +202,7 @@ func (c *conn) optInfo(option uint32, data []byte) (end bool, err error) {
 // optMeta answers NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT. The
 // latter does not look whether the export exists: clients send it before
 // NBD_OPT_GO, which may create the volume and has the better error.
-func (c *conn) optMeta(option uint32, data []byte) error {
+func (c *conn) optMeta(ctx context.Context, option uint32, data []byte) error {
 	if option == optSetMeta {
 		c.metaFor = ""
 	}
@@ -217,7 +220,7 @@ func (c *conn) optMeta(option uint32, data []byte) error {
 	id := uint32(contextID)
 	selected := slices.Contains(queries, contextAllocation)
 	if option == optListMeta {
-		if _, err := c.s.Opener.Open(c.ctx, n.volume); err != nil {
+		if _, err := c.s.Opener.Open(ctx, n.volume); err != nil {
 			return c.refuseFor(option, err)
 		}
 		id = 0
@@ -248,7 +251,7 @@ func (c *conn) transmissionFlags(info *block.Info) uint16 {
 }
 
 // enter makes dev the connection's export.
-func (c *conn) enter(dev block.Device, info *block.Info) {
+func (c *conn) enter(dev block.Device, volume string, info *block.Info) {
 	c.dev = dev
 	c.lb = uint64(info.LogicalBlock)
 	c.readOnly = info.ReadOnly
@@ -256,6 +259,6 @@ func (c *conn) enter(dev block.Device, info *block.Info) {
 	if limit := info.MaxDiscard &^ (c.lb - 1); limit != 0 && limit < c.maxZero {
 		c.maxZero = limit
 	}
-	c.metaContext = c.metaFor == info.Name
-	c.name.Store(&info.Name)
+	c.metaContext = c.metaFor == volume
+	c.name.Store(&volume)
 }
