@@ -116,11 +116,13 @@ func (d *ramDevice) let(pick func(n int) []int) {
 	}
 }
 
-func (d *ramDevice) setHold(on bool) {
+func (d *ramDevice) set(change func(*ramDevice)) {
 	d.mu.Lock()
-	d.hold = on
-	d.mu.Unlock()
+	defer d.mu.Unlock()
+	change(d)
 }
+
+func (d *ramDevice) setHold(on bool) { d.set(func(d *ramDevice) { d.hold = on }) }
 
 func (d *ramDevice) fuaCount() int {
 	d.mu.Lock()

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+	"golang.org/x/sys/unix"
 )
 
 // quietTime is how long equal reasons of disconnects are not logged again: a
@@ -132,9 +133,14 @@ func (e *Endpoint) ended(s *session, err error) {
 }
 
 // blame reports whether a session ended for a fault, and not because the front
-// end or the daemon closed it.
+// end or the daemon closed it, or was killed.
 func blame(err error) bool {
-	return !errors.Is(err, io.EOF) && !errors.Is(err, ErrServerClosed)
+	for _, harmless := range []error{io.EOF, ErrServerClosed, errHangup, unix.ECONNRESET, unix.EPIPE} {
+		if errors.Is(err, harmless) {
+			return false
+		}
+	}
+	return true
 }
 
 // Name returns POOL/VOLUME.

@@ -3,6 +3,7 @@ package vhost
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"runtime/debug"
 	"strconv"
@@ -170,6 +171,9 @@ func (s *session) step() error {
 		m.body = s.body
 		more, err := mem.ReadFull(s.conn, m.body, wire.MaxFDs-len(m.fds))
 		m.fds = append(m.fds, more...)
+		if errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
 		if err != nil {
 			return fmt.Errorf("%v: reading %d bytes of payload: %w", m.Request, m.Size, err)
 		}

@@ -35,8 +35,8 @@ func TestRequests(t *testing.T) {
 		for _, async := range []bool{false, true} {
 			for _, poll := range []int{-1, 0} {
 				t.Run(fmt.Sprintf("%s/async=%v/poll=%d", ring.name, async, poll), func(t *testing.T) {
-					b := newBed(t, Config{Workers: 2, PollMax: DefaultPollMax * 0, PollCPU: float64(poll)})
-					b.dev.async = async
+					b := newBed(t, Config{Workers: 2, PollCPU: float64(poll)})
+					b.dev.set(func(d *ramDevice) { d.async = async })
 					g := newGuest(t, 2, 64, testFeatures|ring.features)
 					start(t, b.path, g)
 					exerciseRings(t, g)
@@ -389,7 +389,7 @@ func TestIdleServerSleeps(t *testing.T) {
 
 func TestNoAllocationPerRequest(t *testing.T) {
 	b := newBed(t, Config{})
-	b.dev.quiet = true
+	b.dev.set(func(d *ramDevice) { d.quiet = true })
 	g := newGuest(t, 1, 16, testFeatures|virtq.FeatureEventIdx)
 	start(t, b.path, g)
 	r := g.rings[0]

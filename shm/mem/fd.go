@@ -40,6 +40,8 @@ func ReadFull(conn *net.UnixConn, p []byte, maxFDs int) (fds []int, err error) {
 		more, perr := parseRights(oob[:oobn])
 		fds = append(fds, more...)
 		switch {
+		case errors.Is(err, io.EOF) && n > 0:
+			return fds, io.ErrUnexpectedEOF
 		case err != nil:
 			return fds, err
 		case perr != nil:
