@@ -275,12 +275,26 @@ func (c *checkpoints) removeStale() {
 // are there, and then gives the space of dead SCOs back. It reports whether it
 // did.
 func (v *Volume) publish(ctx context.Context) (bool, error) {
-	c := v.ckpt
+	p, err := v.ckpt.publishRoot(ctx)
+	if p == nil || err != nil {
+		return false, err
+	}
+	for _, n := range p.dead {
+		if err := v.deleteSCO(ctx, n); err != nil {
+			return true, err
+		}
+	}
+	return true, nil
+}
+
+// publishRoot returns what it has published, nil if it is not time yet.
+func (c *checkpoints) publishRoot(ctx context.Context) (*publication, error) {
+	v := c.v
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	p := c.pending
 	if p == nil || !v.uploadedUpTo(p.pos.sco, p.dead) {
-		return false, nil
+		return nil, nil
 	}
 	ns := v.namespace()
 	put := func(name string) error {
@@ -297,23 +311,15 @@ func (v *Volume) publish(ctx context.Context) (bool, error) {
 			continue
 		}
 		if err := put(pagesName(o)); err != nil {
-			return false, fmt.Errorf("publish checkpoint: %w", err)
+			return nil, fmt.Errorf("publish checkpoint: %w", err)
 		}
 		c.inStore[o] = true
 	}
 	if err := put(rootName(p.sequence)); err != nil {
-		return false, fmt.Errorf("publish checkpoint: %w", err)
+		return nil, fmt.Errorf("publish checkpoint: %w", err)
 	}
 	c.pending = nil
-	if err := c.removeStaleInStore(ctx, p); err != nil {
-		return true, err
-	}
-	for _, n := range p.dead {
-		if err := v.deleteSCO(ctx, n); err != nil {
-			return true, err
-		}
-	}
-	return true, nil
+	return p, c.removeStaleInStore(ctx, p)
 }
 
 // removeStaleInStore removes what the newest published root does not need.

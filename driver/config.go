@@ -24,6 +24,9 @@ type Config struct {
 	ReadCacheBytes int64
 	// SSDCacheBytes, if positive, adds a second tier on the local disk behind it.
 	SSDCacheBytes int64
+	// ReserveBytes of the local disk are left for what gives room back: a full
+	// disk pauses writers that many bytes early.
+	ReserveBytes int64
 	// BootID changes when the host restarts: a pool file from before is worthless.
 	// Empty means the kernel's.
 	BootID string

@@ -44,8 +44,8 @@
 //
 // # Lock order
 //
-//	checkMu → checkpoints.mu → rmw → ioMu → gate → extendMu → metaMu → pool.mu
-//	                                        gate → io.mu
+//	checkMu → checkpoints.mu → ioMu → gate → extendMu → metaMu → pool.mu
+//	                    rmw → gate → io.mu
 //
 // fileCache.mu, crcCache.mu, liveTable.mu, parked.mu, conds.mu, claims.mu are
 // leaves. Nothing waits for a disk, a store or the pool while it holds gate.

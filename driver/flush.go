@@ -105,6 +105,8 @@ func (v *Volume) ioLoop() {
 			continue
 		}
 		if more {
+			v.settle("disk-full")
+			v.settle("disk-error")
 			v.kickIO()
 		}
 	}
@@ -266,6 +268,14 @@ func (v *Volume) ensureFile(l *logSCO) error {
 		return nil
 	}
 	name := v.scoPath(l.hdr.Number)
+	free, err := v.eng.cfg.FS.Free(v.scoDir())
+	if err != nil {
+		return fmt.Errorf("create %s: %w", name, err)
+	}
+	// The last of the disk is for what gives room back: sealing, checkpoints.
+	if need := uint64(l.hdr.OpenSize() + v.eng.cfg.ReserveBytes); free < need {
+		return fmt.Errorf("create %s: %w: %d bytes are free, %d are needed with the reserve", name, syscall.ENOSPC, free, need)
+	}
 	f, err := v.eng.cfg.FS.Open(name, vfs.Create)
 	if err != nil {
 		return fmt.Errorf("create %s: %w", name, err)
@@ -417,8 +427,6 @@ func (v *Volume) seal(l *logSCO) error {
 	v.scos[m.number] = m
 	v.metaMu.Unlock()
 	v.unlist(l)
-	v.settle("disk-full")
-	v.settle("disk-error")
 	for slot := range l.recs {
 		v.eng.pool.releaseOf(l, chunkRecs, uint32(slot))
 	}

@@ -280,6 +280,8 @@ func (v *Volume) Close(ctx context.Context) error {
 	for _, p := range v.parked.remove(func(*parkedWrite) bool { return true }) {
 		v.end(p.r, block.ErrClosed)
 	}
+	// Whoever waits for a disk or a store waits no longer than ctx.
+	defer context.AfterFunc(ctx, v.cancel)()
 	v.pending.Wait()
 	var err error
 	if !v.fenced.Load() && !v.failed.Load() {
@@ -287,6 +289,14 @@ func (v *Volume) Close(ctx context.Context) error {
 	}
 	v.cancel()
 	v.background.Wait()
+	for more := err == nil; more; {
+		// What is durable already is also sealed, so that the pool is left empty. A
+		// failure here costs the next opening some work, nothing else.
+		if more, err = v.ioStep(); err != nil {
+			v.log.Warn().Err(err).Msg("SCOs are left to be sealed at the next start")
+			more, err = false, nil
+		}
+	}
 	v.letGo()
 	if err != nil {
 		return fmt.Errorf("volume %s: close: %w", v.cfg.Name, err)
