@@ -123,6 +123,10 @@ func serve(c host.Config, log zerolog.Logger, terminate <-chan os.Signal) error 
 		}
 	}()
 	h, err := host.Start(ctx, c, version, log)
+	if errors.Is(err, context.Canceled) && ctx.Err() != nil {
+		log.Info().Msg("scoriad has stopped before it was ready")
+		return nil
+	}
 	if err != nil {
 		return err
 	}

@@ -64,33 +64,31 @@ type Host struct {
 // Start runs a daemon with the configuration until Stop. When it returns, the
 // control API answers and the sockets of all volumes are there. ctx bounds the
 // start only.
-func Start(ctx context.Context, c Config, version string, log zerolog.Logger) (h *Host, err error) {
+func Start(ctx context.Context, c Config, version string, log zerolog.Logger) (*Host, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	h = &Host{config: c, version: version, log: log, started: time.Now().UTC().Truncate(time.Second), failed: make(chan error, 4)}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, h.undo())
-		}
-	}()
-	fsys := vfs.OS()
-	if err := h.lock(fsys); err != nil {
-		return nil, err
-	}
-	if err := h.openParts(ctx, fsys); err != nil {
-		return nil, err
-	}
-	if err := h.prepareRegistry(ctx); err != nil {
-		return nil, err
-	}
-	if err := h.volumes.Finish(ctx); err != nil {
-		return nil, err
-	}
-	if err := h.serve(ctx); err != nil {
-		return nil, err
+	h := &Host{config: c, version: version, log: log, started: time.Now().UTC().Truncate(time.Second), failed: make(chan error, 4)}
+	if err := h.start(ctx, vfs.OS()); err != nil {
+		return nil, errors.Join(err, h.undo())
 	}
 	return h, nil
+}
+
+func (h *Host) start(ctx context.Context, fsys vfs.FS) error {
+	if err := h.lock(fsys); err != nil {
+		return err
+	}
+	if err := h.openParts(ctx, fsys); err != nil {
+		return err
+	}
+	if err := h.prepareRegistry(ctx); err != nil {
+		return err
+	}
+	if err := h.volumes.Finish(ctx); err != nil {
+		return err
+	}
+	return h.serve(ctx)
 }
 
 // undo closes what was opened, last first.
@@ -181,8 +179,8 @@ func (h *Host) planWriteBuffer(fsys vfs.FS, bootID string) poolPlan {
 	return plan
 }
 
-// closeEngine closes the volumes. Only if all of them were closed well the run
-// was a clean one and the write buffer is not needed any more.
+// closeEngine closes the volumes. The engine removes the write buffer if nothing
+// in it is needed any more; only then the run was a clean one.
 func (h *Host) closeEngine(fsys vfs.FS) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -195,14 +193,13 @@ func (h *Host) closeEngine(fsys vfs.FS) error {
 	if err := h.engine.Close(ctx); err != nil {
 		return fmt.Errorf("volumes were not closed in order; the next start recovers them: %w", err)
 	}
+	_, err := fsys.Stat(h.pool)
+	if !errors.Is(err, os.ErrNotExist) {
+		h.log.Warn().AnErr("error", err).Str("file", h.pool).Msg("the write buffer still has data of volumes that were not opened or have failed; it is kept for the next start, do not remove it")
+		return nil
+	}
 	h.id.Clean = true
-	if err := h.id.save(fsys, h.config.DataDir); err != nil {
-		return err
-	}
-	if err := fsys.Remove(h.pool); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("write buffer: %w", err)
-	}
-	return nil
+	return h.id.save(fsys, h.config.DataDir)
 }
 
 // prepareRegistry makes the default pool and this node's record.
