@@ -37,6 +37,7 @@ bytes or take K, M, G and T, which are powers of 1024.
 Exit status: 0 success, 1 failure, 2 wrong usage or value, 3 not found, 4 in use,
 5 a check found problems.`,
 		Version: version, SilenceUsage: true, SilenceErrors: true,
+		Args: cobra.ArbitraryArgs, RunE: groupRun,
 		PersistentPreRunE: func(*cobra.Command, []string) error {
 			if a.output != "table" && a.output != "json" {
 				return usagef("--output %q: must be table or json", a.output)
@@ -83,14 +84,16 @@ func describe(names []string) string {
 
 // group is a command that only has subcommands.
 func group(use, short string, subs ...*cobra.Command) *cobra.Command {
-	cmd := &cobra.Command{Use: use, Short: short, RunE: func(cmd *cobra.Command, got []string) error {
-		if len(got) > 0 {
-			return usagef("unknown command %q for %q (see %s --help)", got[0], cmd.CommandPath(), cmd.CommandPath())
-		}
-		return cmd.Help()
-	}}
+	cmd := &cobra.Command{Use: use, Short: short, RunE: groupRun}
 	cmd.AddCommand(subs...)
 	return cmd
+}
+
+func groupRun(cmd *cobra.Command, got []string) error {
+	if len(got) > 0 {
+		return usagef("unknown command %q for %q (see %s --help)", got[0], cmd.CommandPath(), cmd.CommandPath())
+	}
+	return cmd.Help()
 }
 
 // size is a flag or argument in bytes with a unit.

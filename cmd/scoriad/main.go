@@ -18,6 +18,7 @@ import (
 
 	"github.com/rs/zerolog"
 	"github.com/spf13/cobra"
+	"github.com/spf13/cobra/doc"
 	"golang.org/x/sys/unix"
 
 	"scoria/driver/host"
@@ -61,8 +62,25 @@ start recovers the rest. Guests wait while no daemon runs, and go on with the ne
 	cmd.Flags().StringVar(&f.config, "config", "", "configuration file (default "+host.DefaultConfigFile+" if it exists)")
 	cmd.Flags().StringVar(&f.dataDir, "data-dir", "", "where volumes and the registry lie")
 	cmd.Flags().StringVar(&f.runDir, "run-dir", "", "where sockets are made")
+	cmd.AddCommand(docsCommand())
+	cmd.CompletionOptions.DisableDefaultCmd = true
 	cmd.Flags().BoolVar(&f.print, "print-config", false, "print the configuration with all keys and comments, and exit")
 	return cmd
+}
+
+// docsCommand writes the manual page at build time.
+func docsCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "docs DIRECTORY", Short: "Write the manual page", Hidden: true, Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := os.MkdirAll(args[0], 0o755); err != nil {
+				return err
+			}
+			root := cmd.Root()
+			root.DisableAutoGenTag = true
+			return doc.GenManTree(root, &doc.GenManHeader{Title: "SCORIAD", Section: "8", Source: "Scoria " + version, Manual: "Scoria"}, args[0])
+		},
+	}
 }
 
 func (f *flags) load() (host.Config, error) {

@@ -51,7 +51,6 @@ type Host struct {
 	failed  chan error
 	wg      sync.WaitGroup // listeners
 	bg      sync.WaitGroup // follower and openings of the start
-	stop    context.CancelFunc
 	closers []func() error // what Stop undoes last, in reverse
 
 	mu         sync.Mutex
