@@ -331,6 +331,15 @@ func TestMap(t *testing.T) {
 		if m2.Bytes()[0] != 9 {
 			t.Fatal("mappings of different sizes differ")
 		}
+		f := mustOpen(t, x, x.name("pool"), 0)
+		must(t, f.Allocate(0, 40_000))
+		must(t, f.PunchHole(4096, 4096))
+		_, err = f.WriteAt([]byte{8}, 1)
+		must(t, err)
+		must(t, f.Close())
+		if b := m2.Bytes(); b[0] != 9 || b[1] != 8 || b[5_000] != 0 {
+			t.Fatal("a mapping does not see what was done to its file")
+		}
 		must(t, m2.Close())
 		must(t, m3.Close())
 		_, _, err = x.Map(x.name("pool"), 0)

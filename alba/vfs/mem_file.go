@@ -160,7 +160,7 @@ func (f *memFile) Allocate(off, length int64) error {
 		return pathError("allocate", f.name, err)
 	}
 	if n.memory != nil {
-		return pathError("allocate", f.name, unix.EOPNOTSUPP)
+		return pathError("allocate", f.name, n.memory.allocate(off, length))
 	}
 	end, ok := off+length, false
 	f.m.counted(n, func() { ok = n.cur.reserve(off, end, f.m.roomPages()) })
@@ -184,7 +184,7 @@ func (f *memFile) PunchHole(off, length int64) error {
 		return pathError("punch hole", f.name, err)
 	}
 	if n.memory != nil {
-		return n.memory.punch(off, length)
+		return pathError("punch hole", f.name, n.memory.punch(off, length))
 	}
 	f.m.counted(n, func() {
 		n.markDirty(off, off+length)

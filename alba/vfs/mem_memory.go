@@ -1,7 +1,7 @@
 package vfs
 
 import (
-	"io"
+	"bytes"
 	"io/fs"
 	"os"
 	"runtime"
@@ -54,37 +54,41 @@ func (mem *memory) flip(off int64) error {
 	return err
 }
 
+func (mem *memory) allocate(off, length int64) error {
+	return unix.Fallocate(int(mem.file.Fd()), 0, off, length)
+}
+
 func (mem *memory) punch(off, length int64) error {
 	return unix.Fallocate(int(mem.file.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, length)
 }
 
-// copy returns a memory with the same bytes.
+// copy returns a memory with the same bytes. Pages of zeroes become holes: most
+// of a large mapping is populated and was never stored to.
 func (mem *memory) copy() (*memory, error) {
 	size, err := mem.size()
 	if err != nil {
 		return nil, err
 	}
 	out, err := newMemory(size)
-	if err != nil {
-		return nil, err
+	if err != nil || size == 0 {
+		return out, err
 	}
-	fd := int(mem.file.Fd())
+	b, err := unix.Mmap(int(mem.file.Fd()), 0, int(size), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return nil, os.NewSyscallError("mmap", err)
+	}
+	defer unix.Munmap(b)
 	for off := int64(0); off < size; {
-		from, err := unix.Seek(fd, off, unix.SEEK_DATA)
-		if err == unix.ENXIO {
-			break // holes up to the end
+		end := off
+		for end < size && !bytes.Equal(b[end:min(end+pageSize, size)], zeroPage.data[:min(pageSize, size-end)]) {
+			end = min(end+pageSize, size)
 		}
-		if err != nil {
-			return nil, os.NewSyscallError("lseek", err)
+		if end > off {
+			if _, err := out.file.WriteAt(b[off:end], off); err != nil {
+				return nil, err
+			}
 		}
-		to, err := unix.Seek(fd, from, unix.SEEK_HOLE)
-		if err != nil {
-			return nil, os.NewSyscallError("lseek", err)
-		}
-		if _, err := io.Copy(io.NewOffsetWriter(out.file, from), io.NewSectionReader(mem.file, from, to-from)); err != nil {
-			return nil, err
-		}
-		off = to
+		off = end + pageSize // the page at end, if there is one, is zero
 	}
 	return out, nil
 }
@@ -151,6 +155,9 @@ func (m *Mem) moveToMemory(n *node, size int64) error {
 		return err
 	}
 	for i, p := range n.cur.pages {
+		if p == zeroPage {
+			continue // reserved only
+		}
 		data := p.data[:min(pageSize, n.cur.size-i*pageSize)]
 		if _, err := mem.file.WriteAt(data, i*pageSize); err != nil {
 			return err
