@@ -114,14 +114,14 @@ func (m *Mem) rename(oldName, newName string) error {
 	switch {
 	case n == nil:
 		return fs.ErrNotExist
+	case target != nil && target.dir != nil:
+		return fs.ErrExist // as os.Rename, which replaces no directory
 	case n == target:
 		return nil
 	case n.dir != nil && strings.HasPrefix(path.Clean("/"+newName)+"/", path.Clean("/"+oldName)+"/"):
 		return unix.EINVAL
-	case target != nil && (target.dir != nil) != (n.dir != nil):
-		return unix.EEXIST
-	case target != nil && target.dir != nil && len(target.dir.cur) > 0:
-		return unix.ENOTEMPTY
+	case target != nil && n.dir != nil:
+		return unix.ENOTDIR
 	}
 	tx := &nameTx{to: to}
 	from.set(oldBase, nil, tx)
@@ -142,16 +142,18 @@ func (m *Mem) Link(oldName, newName string) error {
 		return err
 	}
 	defer m.mu.Unlock()
-	n, err := m.file("link", oldName)
+	n, err := m.walk(split(oldName))
 	if err != nil {
-		return err
+		return pathError("link", oldName, err)
 	}
 	d, base, err := m.parent(newName)
-	if err != nil {
+	switch {
+	case err != nil:
 		return pathError("link", newName, err)
-	}
-	if d.cur[base] != nil {
+	case d.cur[base] != nil:
 		return pathError("link", newName, fs.ErrExist)
+	case n.dir != nil:
+		return pathError("link", oldName, unix.EPERM)
 	}
 	n.links++
 	d.set(base, n, new(nameTx))

@@ -55,7 +55,7 @@ type FS interface {
 	Remove(name string) error
 	// RemoveAll removes a tree; no error if there is none.
 	RemoveAll(name string) error
-	// Rename replaces newName atomically.
+	// Rename replaces newName atomically, unless that is a directory (fs.ErrExist).
 	Rename(oldName, newName string) error
 	// Link gives a file a second name; fs.ErrExist if newName exists.
 	Link(oldName, newName string) error
