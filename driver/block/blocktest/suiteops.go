@@ -134,7 +134,7 @@ func (s *suite) testFlush() {
 
 // testZeroing checks that op zeroes exactly its range.
 func (s *suite) testZeroing(op block.Op, flags block.Flags) {
-	const area = 4 << 20
+	const area = 2 << 20
 	model := pattern(area, 11)
 	s.write(0, model)
 	zero := func(off, length uint64) {
@@ -151,12 +151,12 @@ func (s *suite) testZeroing(op block.Op, flags block.Flags) {
 	zero(8*block.ClusterSize+s.lb, 4*block.ClusterSize-s.lb) // head in part
 	zero(16*block.ClusterSize, 3*block.ClusterSize+s.lb)     // tail in part
 	zero(8*block.ClusterSize, 16*block.ClusterSize)          // again, and more
-	zero(1<<20+s.lb, 1<<20)
+	zero(1<<20+s.lb, 1<<19)
 	// Data written afterwards is there, in whole and in part.
-	s.write(9*block.ClusterSize, model[2<<20:2<<20+block.ClusterSize])
-	copy(model[9*block.ClusterSize:], model[2<<20:2<<20+block.ClusterSize])
-	s.write(11*block.ClusterSize+s.lb, model[3<<20:3<<20+s.lb])
-	copy(model[11*block.ClusterSize+s.lb:], model[3<<20:3<<20+s.lb])
+	s.write(9*block.ClusterSize, model[7<<18:7<<18+block.ClusterSize])
+	copy(model[9*block.ClusterSize:], model[7<<18:7<<18+block.ClusterSize])
+	s.write(11*block.ClusterSize+s.lb, model[15<<17:15<<17+s.lb])
+	copy(model[11*block.ClusterSize+s.lb:], model[15<<17:15<<17+s.lb])
 	s.expect(0, model)
 	// The whole device, in the largest requests it takes.
 	step := s.info.Size
