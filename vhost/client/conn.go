@@ -206,20 +206,25 @@ func (c *Conn) roundTrip(r wire.Request, flags uint32, payload []byte, fds []int
 	}
 	timer := time.NewTimer(c.Timeout)
 	defer timer.Stop()
+	var m reply
 	select {
-	case m := <-c.replies:
-		if err := wire.CheckReply(m.header, r); err != nil {
-			mem.CloseAll(m.fds)
-			return reply{}, err
-		}
-		return m, nil
+	case m = <-c.replies:
 	case <-c.done:
-		return reply{}, fmt.Errorf("%v: %w", r, c.err)
+		select {
+		case m = <-c.replies: // came before the end
+		default:
+			return reply{}, fmt.Errorf("%v: %w", r, c.err)
+		}
 	case <-timer.C:
 		// The late answer would be taken for the next one's.
 		c.conn.Close()
 		return reply{}, fmt.Errorf("%v: %w (%v)", r, ErrNoReply, c.Timeout)
 	}
+	if err := wire.CheckReply(m.header, r); err != nil {
+		mem.CloseAll(m.fds)
+		return reply{}, err
+	}
+	return m, nil
 }
 
 // shutdown ends the connection without waiting; the reader notices.

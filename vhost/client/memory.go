@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -109,6 +110,7 @@ func (c *Client) AddMemory(bytes uint64) (*Region, error) {
 	}
 	c.nextGuest = behind(r)
 	c.extra = append(c.extra, r)
+	c.session.slots = append(c.session.slots, r)
 	return r, nil
 }
 
@@ -123,22 +125,27 @@ func (c *Client) RemoveMemory(r *Region) error {
 		if err := c.conn.Do(wire.RemMemReg, wire.AppendRegion(nil, r.wire())); err != nil {
 			return err
 		}
-		c.extra = append(c.extra[:i], c.extra[i+1:]...)
+		c.extra = slices.Delete(c.extra, i, i+1)
+		c.session.slots = slices.DeleteFunc(c.session.slots, func(s *Region) bool { return s == r })
 		r.close()
 		return nil
 	}
 	return fmt.Errorf("remove memory: %w", mem.ErrNoRegion)
 }
 
-// sendMemory tells a new session all regions: one by one where the server can
-// take them so, as QEMU does, or as a table.
+// sendMemory tells the server all regions: one by one where it can take them so,
+// or as a table. As in QEMU, slots stay from one start of the rings to the next.
 func (c *Client) sendMemory() error {
 	regions := append([]*Region{c.main}, c.extra...)
 	if c.protocol&wire.ProtocolConfigureMemSlots != 0 && !c.opts.MemTable {
 		for _, r := range regions {
+			if slices.Contains(c.session.slots, r) {
+				continue
+			}
 			if err := c.conn.Do(wire.AddMemReg, wire.AppendRegion(nil, r.wire()), r.FD); err != nil {
 				return err
 			}
+			c.session.slots = append(c.session.slots, r)
 		}
 		return nil
 	}

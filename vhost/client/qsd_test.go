@@ -188,7 +188,7 @@ func checkDisk(t *testing.T, d *Disk) {
 		wg.Go(func() {
 			rng := rand.New(rand.NewPCG(1, uint64(w)))
 			model := make([]byte, part)
-			for range 30 {
+			for range 15 {
 				n := 512 * (1 + rng.Int64N(600))
 				off := 512 * rng.Int64N((part-n)/512)
 				if err := step(rng, d, w*part, off, n, model); err != nil {
@@ -339,8 +339,13 @@ func TestQSDDies(t *testing.T) {
 	q := c.Queue(0)
 	one(t, q, func(tag uint64) bool { return q.Write(0, c.Buffer(0, 4096), tag) })
 	s.kill()
-	if err := q.Wait(20 * time.Second); !errors.Is(err, ErrDisconnected) {
-		t.Fatalf("wait on a dead server: %v", err)
+	for {
+		// A wait may end early, on a call for what was polled before.
+		if err := q.Wait(20 * time.Second); errors.Is(err, ErrDisconnected) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := c.Reconnect(); err == nil {
 		t.Fatal("reconnected to nothing")

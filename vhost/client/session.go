@@ -16,6 +16,7 @@ import (
 type session struct {
 	conn    *Conn
 	backend *net.UnixConn // the server's own requests; nil without BACKEND_REQ
+	slots   []*Region     // memory slots that the server knows
 }
 
 func (s *session) end() {
