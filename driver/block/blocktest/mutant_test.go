@@ -42,7 +42,7 @@ var mutants = map[string]struct{ test, says string }{
 	"everybody may claim":     {"Claim", "want InUseError"},
 	"calls holes mapped":      {"BlockStatus", "a fresh device has"},
 	"calls data unmapped":     {"BlockStatus", "0 bytes are mapped"},
-	"cancels everybody":       {"Cancel", "did not wait for room"},
+	"cancels everybody":       {"Cancel", "request canceled"},
 	"tells watchers nothing":  {"Watch", "the watcher was not called"},
 }
 
