@@ -19,11 +19,12 @@ func (h *Host) startFollowing(ctx context.Context) {
 		h.bg.Wait()
 		return nil
 	})
-	names := slices.Concat(h.pendingNames(ctx), before)
+	names := union(h.pendingNames(ctx), before)
 	h.bg.Go(func() {
+		began := time.Now()
 		h.volumes.openAll(ctx, names)
 		if len(names) > 0 {
-			h.log.Info().Int("volumes", len(names)).Dur("took", time.Since(h.started)).Msg("volumes that were attached before are open")
+			h.log.Info().Int("volumes", len(names)).Dur("took", time.Since(began)).Msg("volumes that were attached before are open")
 		}
 	})
 	h.bg.Go(func() { h.follow(ctx, before) })
@@ -81,9 +82,14 @@ func (h *Host) follow(ctx context.Context, before []string) {
 func (h *Host) attachedNow(before []string) []string {
 	now := h.volumes.attached()
 	if time.Since(h.started) < attachmentsGrace {
-		now = slices.Compact(slices.Sorted(slices.Values(slices.Concat(now, before))))
+		now = union(now, before)
 	}
 	return now
+}
+
+// union is sorted.
+func union(a, b []string) []string {
+	return slices.Compact(slices.Sorted(slices.Values(slices.Concat(a, b))))
 }
 
 func (h *Host) record(ctx context.Context, now, recorded []string) bool {

@@ -75,7 +75,7 @@ func Start(ctx context.Context, c Config, version string, log zerolog.Logger) (*
 }
 
 func (h *Host) start(ctx context.Context, fsys vfs.FS) error {
-	if err := h.lock(fsys); err != nil {
+	if err := h.lock(ctx, fsys); err != nil {
 		return err
 	}
 	if err := h.openParts(ctx, fsys); err != nil {
@@ -102,9 +102,9 @@ func (h *Host) undo() error {
 
 func (h *Host) undoLater(c func() error) { h.closers = append(h.closers, c) }
 
-func (h *Host) lock(fsys vfs.FS) error {
+func (h *Host) lock(ctx context.Context, fsys vfs.FS) error {
 	for _, d := range []struct{ what, dir string }{{"data directory", h.config.DataDir}, {"run directory", h.config.RunDir}} {
-		l, err := lockDir(fsys, d.what, d.dir)
+		l, err := lockDir(ctx, fsys, d.what, d.dir)
 		if err != nil {
 			return err
 		}

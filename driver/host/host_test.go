@@ -3,10 +3,12 @@ package host
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -150,6 +152,41 @@ func TestDirectoriesAreHeld(t *testing.T) {
 			t.Errorf("second daemon on the %s: %v; want who holds it", name, err)
 		}
 	}
+}
+
+// TestP3DyingHolderIsWaitedFor: a killed daemon holds its lock until its memory
+// is torn down; the next start must not give up in that time.
+func TestP3DyingHolderIsWaitedFor(t *testing.T) {
+	self, err := os.ReadFile("/proc/self/status")
+	if err != nil || dying(string(self)) {
+		t.Fatalf("this process is dying? %v\n%s", err, self)
+	}
+	for _, status := range []string{
+		"State:\tZ (zombie)\nVmSize:\t1 kB\n", "State:\tR (running)\nSigPnd:\t0000000000000000\n",
+		"State:\tR (running)\nVmSize:\t1 kB\nShdPnd:\t0000000000000100\n", "State:\tX (dead)\n",
+	} {
+		if !dying(status) {
+			t.Errorf("not dying: %q", status)
+		}
+	}
+	dir := t.TempDir()
+	held, err := vfs.OS().Lock(filepath.Join(dir, "lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone := exec.Command("true")
+	if err := gone.Run(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "lock"), fmt.Appendf(nil, "%d\n", gone.Process.Pid), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(30*time.Millisecond, func() { held.Close() })
+	l, err := lockDir(testContext(t), vfs.OS(), "data directory", dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
 }
 
 func TestStaleSocketsAreTakenOver(t *testing.T) {

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,7 +9,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
@@ -35,19 +38,68 @@ type instance struct {
 }
 
 // lockDir takes DIR/lock, making the directory if need be; what is the setting's
-// name. It fails with who holds it.
-func lockDir(fsys vfs.FS, what, dir string) (io.Closer, error) {
+// name. It fails with who holds it; a holder that is already dying (killed, its
+// memory being torn down) is waited for.
+func lockDir(ctx context.Context, fsys vfs.FS, what, dir string) (io.Closer, error) {
+	const pause, attempts = 5 * time.Millisecond, 2000
 	if err := fsys.MkdirAll(dir); err != nil {
 		return nil, fmt.Errorf("%s %s: %w", what, dir, err)
 	}
-	l, err := fsys.Lock(filepath.Join(dir, "lock"))
-	if errors.Is(err, vfs.ErrLocked) {
-		return nil, fmt.Errorf("%s %s: another scoriad uses it: %w; stop that one or name another directory", what, dir, err)
+	name := filepath.Join(dir, "lock")
+	for i := 0; ; i++ {
+		l, err := fsys.Lock(name)
+		switch {
+		case err == nil:
+			return l, nil
+		case !errors.Is(err, vfs.ErrLocked):
+			return nil, fmt.Errorf("%s %s: %w", what, dir, err)
+		case i == attempts || !holderIsDying(fsys, name):
+			return nil, fmt.Errorf("%s %s: another scoriad uses it: %w; stop that one or name another directory", what, dir, err)
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
 	}
+}
+
+// holderIsDying says whether the process whose pid is in a lock file is on its
+// way out and will let go of the lock by itself.
+func holderIsDying(fsys vfs.FS, name string) bool {
+	b, err := readFile(fsys, name)
 	if err != nil {
-		return nil, fmt.Errorf("%s %s: %w", what, dir, err)
+		return false
 	}
-	return l, nil
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil || pid <= 0 {
+		return false
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) || err == nil && dying(string(status))
+}
+
+// dying reads /proc/PID/status: a process that has no memory any more, is a
+// zombie, or has a SIGKILL waiting.
+func dying(status string) bool {
+	hasMemory := false
+	for line := range strings.Lines(status) {
+		field, value, _ := strings.Cut(line, ":")
+		value = strings.TrimSpace(value)
+		switch field {
+		case "State":
+			if strings.HasPrefix(value, "Z") || strings.HasPrefix(value, "X") {
+				return true
+			}
+		case "VmSize":
+			hasMemory = true
+		case "SigPnd", "ShdPnd":
+			if mask, err := strconv.ParseUint(value, 16, 64); err == nil && mask&(1<<(unix.SIGKILL-1)) != 0 {
+				return true
+			}
+		}
+	}
+	return !hasMemory
 }
 
 // loadInstance reads DIR/instance.json; a new identity if there is none.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -104,16 +105,33 @@ func (h *VolumeSet) removeNow(ctx context.Context, e registry.Entry[registry.Vol
 	return nil
 }
 
-// checkDelete says whether a deletion could begin now.
+// checkDelete says whether a deletion could begin now. A user on its way out (the
+// connection of a tool that has just ended) is given a moment.
 func (h *VolumeSet) checkDelete(ctx context.Context, name string) (registry.Entry[registry.Volume], error) {
+	const pause, attempts = 20 * time.Millisecond, 25
 	e, err := h.load(ctx, name)
 	if err != nil {
 		return e, err
 	}
-	if by := h.usedBy(e.Record.FullName()); by != "" {
-		return e, control.Errorf(control.CodeInUse, "volume %s is in use by %s: shut that down or detach the disk first", e.Record.FullName(), by)
+	name = e.Record.FullName()
+	for i := 0; ; i++ {
+		by := h.usedBy(name)
+		if by == "" {
+			return e, nil
+		}
+		if i == attempts {
+			return e, inUse(name, by)
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return e, ctx.Err()
+		}
 	}
-	return e, nil
+}
+
+func inUse(name, by string) error {
+	return control.Errorf(control.CodeInUse, "volume %s is in use by %s: shut that down or detach the disk first", name, by)
 }
 
 // remove deletes a volume that nobody uses.
@@ -135,9 +153,9 @@ func (h *VolumeSet) remove(ctx context.Context, name string) error {
 	if dev != nil {
 		// Whoever would write now is refused, for good.
 		release, err := dev.Claim(block.Claimant{Kind: "control", ID: "delete"})
-		var inUse *block.InUseError
-		if errors.As(err, &inUse) {
-			return control.Errorf(control.CodeInUse, "volume %s is in use by %s: shut that down or detach the disk first", name, inUse.Holder)
+		var held *block.InUseError
+		if errors.As(err, &held) {
+			return inUse(name, held.Holder.String())
 		}
 		if err != nil {
 			return err

@@ -237,14 +237,11 @@ func (h *VolumeSet) openNow(v *volume) (Volume, error) {
 	if e, err = h.takeOwnership(h.ctx, e); err != nil {
 		return nil, fmt.Errorf("volume %s: take ownership: %w", v.name, err)
 	}
-	began := time.Now()
 	dev, err := h.engine.OpenVolume(h.ctx, h.config(&e.Record))
 	if err != nil {
 		h.log.Error().Err(err).Str("volume", v.name).Msg("volume can't be opened")
 		return nil, fmt.Errorf("open volume %s: %w", v.name, err)
 	}
-	h.log.Info().Str("volume", v.name).Uint64("epoch", e.Record.Epoch).Dur("took", time.Since(began)).
-		Uint64("replayed_records", dev.Stats().ReplayedRecords).Msg("volume opened")
 	return dev, nil
 }
 
