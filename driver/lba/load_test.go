@@ -2,7 +2,9 @@ package lba
 
 import (
 	"math/rand/v2"
+	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 )
 
@@ -104,6 +106,62 @@ func watchGrowth(t *testing.T, m *Map, stop chan struct{}) {
 				t.Errorf("leaf %d shows location %#x of leaf %d", leaf, uint64(loc), loc&0xfffff-1)
 				return
 			}
+		}
+	}
+}
+
+// TestReadersNeverSeeAnotherLeaf passes one page from leaf to leaf under the
+// eyes of readers that hold no lock.
+func TestReadersNeverSeeAnotherLeaf(t *testing.T) {
+	const leaves = 3
+	m := newMap(t, leaves*LeafClusters)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	var reads atomic.Int64
+	for r := range 2 {
+		wg.Go(func() {
+			var dst [LeafClusters]Location
+			for lba := uint64(r); ; lba = (lba + 1) % m.Clusters() {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				leaf := lba / LeafClusters
+				for range 64 {
+					if loc, _ := m.Get(lba); loc != 0 && uint64(loc&0xff) != leaf+1 {
+						t.Errorf("Get in leaf %d returned %#x", leaf, uint64(loc))
+						return
+					}
+				}
+				m.GetRange(leaf*LeafClusters, dst[:])
+				for _, loc := range dst {
+					if loc != 0 && uint64(loc&0xff) != leaf+1 {
+						t.Errorf("GetRange in leaf %d returned %#x", leaf, uint64(loc))
+						return
+					}
+				}
+				reads.Add(1)
+			}
+		})
+	}
+	within(t, func() { passOnePageAround(m, func() bool { return reads.Load() < 100 && !t.Failed() }) })
+	close(stop)
+	wg.Wait()
+}
+
+// passOnePageAround fills and empties random leaves, at least 20 000 times.
+func passOnePageAround(m *Map, more func() bool) {
+	rng := rand.New(rand.NewPCG(8, 8))
+	for i := Location(1); i < 20_000 || more(); i++ {
+		leaf := rng.Uint64N(m.Clusters() / LeafClusters)
+		for range 8 {
+			m.Set(leaf*LeafClusters+rng.Uint64N(LeafClusters), i<<8|Location(leaf+1))
+		}
+		m.BeginCheckpoint().Abort()
+		m.Clear(leaf*LeafClusters, LeafClusters, nil)
+		if i%64 == 0 {
+			runtime.Gosched()
 		}
 	}
 }

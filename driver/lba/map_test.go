@@ -338,8 +338,11 @@ func TestAbortsWithoutEnd(t *testing.T) {
 		}
 		m.BeginCheckpoint().Abort()
 	}
-	if gen := entry(m.current.Load()).gen(); gen == 0 {
-		t.Fatal("generation 0")
+	m.uncommitted = maxUncommitted
+	before := entry(m.current.Load()).gen()
+	m.BeginCheckpoint().Abort()
+	if m.entry(0).gen() != before || m.entry(1).gen() != before || before == 0 {
+		t.Fatal("dirty leaves still bear a generation that may come round")
 	}
 	saved := checkpointed(t, m, store, 1)
 	if len(saved.order) != 2 || m.Stats().DirtyPages != 0 {
@@ -488,5 +491,49 @@ func TestMarkObjectDirtyUnderLoad(t *testing.T) {
 	store.deleteDead(m)
 	if d := diff(want, contents(t, reopened(t, m, store), store)); d != "" {
 		t.Fatal(d)
+	}
+}
+
+// TestWalkOverALeafThatMoves: while a walk reads a stored page, the leaf is
+// loaded, changed and stored elsewhere, and the old page deleted.
+func TestWalkOverALeafThatMoves(t *testing.T) {
+	store := newPageStore()
+	first := newMap(t, LeafClusters)
+	set(t, first, 3, 7)
+	m := reopened(t, first, store)
+	store.hook = func() {
+		store.hook = nil
+		if err := m.Load(background, store, 0, 1); err != nil {
+			t.Error(err)
+		}
+		set(t, m, 3, 8)
+		checkpointed(t, m, store, 2)
+		store.deleteDead(m)
+	}
+	if got := contents(t, m, store); len(got) != 1 || got[3] != 8 {
+		t.Fatalf("walk saw %v", got)
+	}
+}
+
+// TestAPageStaysForAGeneration: a leaf emptied in the generation in which it
+// got its page keeps it, so that an entry never comes back with the page having
+// been another leaf's in between (see entry).
+func TestAPageStaysForAGeneration(t *testing.T) {
+	m := newMap(t, 2*LeafClusters)
+	set(t, m, 0, 1)
+	before := m.entry(0)
+	m.Clear(0, LeafClusters, nil)
+	set(t, m, LeafClusters, 2)
+	if m.entry(1).page() == before.page() {
+		t.Fatal("a page passed to another leaf within a generation")
+	}
+	m.BeginCheckpoint().Abort()
+	m.Clear(0, 2*LeafClusters, nil)
+	if m.Stats().ResidentPages != 0 {
+		t.Fatal("an empty leaf of an older generation keeps its page")
+	}
+	set(t, m, 0, 3)
+	if m.entry(0) == before {
+		t.Fatal("an entry came back")
 	}
 }

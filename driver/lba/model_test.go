@@ -411,6 +411,9 @@ func checkBooks(t interface{ Fatalf(string, ...any) }, m *Map) {
 	pages := map[uint32]int{}
 	for leaf := range m.leaves {
 		e := m.entry(leaf)
+		if e != 0 && e&(flagStored|flagDirty|flagResident) == 0 {
+			t.Fatalf("leaf %d: entry %#x says nothing", leaf, uint64(e))
+		}
 		if e != 0 {
 			spans[leaf/spanLeaves]++
 		}
