@@ -45,6 +45,8 @@ type bed struct {
 	dev  *ramDevice
 	ep   *Endpoint
 	path string
+
+	device block.Device // instead of dev, if set
 }
 
 func newBed(t testing.TB, cfg Config) *bed {
@@ -63,7 +65,12 @@ func newBed(t testing.TB, cfg Config) *bed {
 func (b *bed) listen() {
 	b.t.Helper()
 	var err error
-	b.ep, err = b.srv.Listen("default/test", b.path, func(context.Context) (block.Device, error) { return b.dev, nil })
+	b.ep, err = b.srv.Listen("default/test", b.path, func(context.Context) (block.Device, error) {
+		if b.device != nil {
+			return b.device, nil
+		}
+		return b.dev, nil
+	})
 	if err != nil {
 		b.t.Fatal(err)
 	}
