@@ -8,6 +8,6 @@
 //
 // The tests need root and what `make deps` installs. They skip where that is
 // missing, except under CI or `make test`, where they fail. Every wait has a
-// deadline; when a test fails, the log of the daemon with a dump of its
-// goroutines, taken with SIGQUIT, is in the test's output.
+// deadline; when one is missed, the daemon gets SIGQUIT and its log with the
+// goroutines of both is in the output of the test.
 package integration

@@ -165,7 +165,7 @@ func TestP4SecondGuestRefused(t *testing.T) {
 	e := start(t)
 	e.must(e.Create(e.ctx, "v", "64M"))
 	first := e.boot(qemu.Options{Disks: []qemu.Disk{e.disk("v", 1)}})
-	e.must(first.Background(e.ctx, "torture", "torture -workers 4 -span 4m -stop /tmp/stop -run 4m"))
+	e.must(first.Background(e.ctx, "torture", "torture -workers 4 -span-mib 4 -stop /tmp/stop -run 4m"))
 	img, err := image()
 	e.must(err)
 	second := e.launch(qemu.Options{Image: img, Disks: []qemu.Disk{e.disk("v", 1)}, CPUs: 1, MemoryMiB: 384})

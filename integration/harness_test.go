@@ -96,26 +96,28 @@ func scratch(t *testing.T, ram bool) string {
 	return dir
 }
 
-// finish ends the daemon. After a failure its goroutines go to its log first,
-// and the log's end to the test's output, with this process's own goroutines if
-// a deadline has passed.
+// finish ends the daemon. After a failure the end of its log is in the test's
+// output; after a missed deadline, with the goroutines of both processes.
 func (e *env) finish() {
 	p := e.Process()
 	if p == nil {
 		return
 	}
-	if e.Failed() {
-		if p.Running() && syscall.Kill(p.PID(), syscall.SIGQUIT) == nil {
-			select {
-			case <-p.Exited():
-			case <-time.After(10 * time.Second):
-			}
+	late := errors.Is(e.ctx.Err(), context.DeadlineExceeded)
+	if late && p.Running() && syscall.Kill(p.PID(), syscall.SIGQUIT) == nil {
+		select {
+		case <-p.Exited():
+		case <-time.After(10 * time.Second):
 		}
-		e.Logf("the daemon's log ends:\n%s", bed.Tail(e.LogFile(), 400))
-		if errors.Is(e.ctx.Err(), context.DeadlineExceeded) {
+	}
+	if e.Failed() {
+		lines := 40
+		if late {
+			lines = 500
 			stack := make([]byte, 1<<20)
 			e.Logf("goroutines of the test:\n%s", stack[:runtime.Stack(stack, true)])
 		}
+		e.Logf("the daemon's log ends:\n%s", bed.Tail(e.LogFile(), lines))
 	}
 	if err := e.Daemon.Kill(); err != nil {
 		e.Error(err)

@@ -50,10 +50,11 @@ func TestNBDQemuImgCreateAndInfo(t *testing.T) {
 	if out := e.ok(e.CLI(e.ctx, "volume", "list")); !strings.Contains(out, "made") {
 		t.Fatalf("not listed:\n%s", out)
 	}
-	// Creating again with the same size must not lose what is there.
+	// Creating again with the same size must not lose what is there; qemu-img
+	// itself zeroes the first sector, lest an old image's header be found there.
 	e.qemuIO("made", "-c", "write -P 0x5a 0 64k", "-c", "flush")
 	e.run("qemu-img", "create", "-q", "-f", "raw", e.NBD("made"), "96M")
-	e.qemuIO("made", "-r", "-c", "read -P 0x5a 0 64k", "-c", "read -P 0 64k 1M")
+	e.qemuIO("made", "-r", "-c", "read -P 0 0 512", "-c", "read -P 0x5a 512 65024", "-c", "read -P 0 64k 1M")
 }
 
 // TestNBDQemuImgConvert: an image with data and holes goes in and comes out

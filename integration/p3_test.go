@@ -117,7 +117,7 @@ func TestP3KillFullRing(t *testing.T) {
 			d := e.disk("a", 1)
 			d.QueueSize, d.Options = 64, "indirect_desc="+indirect
 			vm := e.boot(qemu.Options{Disks: []qemu.Disk{d}})
-			e.must(vm.Background(e.ctx, "torture", "torture -workers 80 -span 2m -stop /tmp/stop -run 4m"))
+			e.must(vm.Background(e.ctx, "torture", "torture -workers 80 -span-mib 2 -stop /tmp/stop -run 4m"))
 			time.Sleep(time.Second)
 			e.kills(4, 1500*time.Millisecond)
 			e.guest(vm, "touch /tmp/stop")

@@ -43,13 +43,14 @@ func main() {
 	var c config
 	flag.StringVar(&c.device, "device", "/dev/vda", "disk that is overwritten")
 	flag.IntVar(&c.workers, "workers", 16, "threads, each with one operation under way")
-	flag.Int64Var(&c.span, "span", 8<<20, "bytes of the disk per worker")
+	span := flag.Int64("span-mib", 8, "MiB of the disk per worker")
 	flag.DurationVar(&c.run, "run", time.Minute, "how long")
 	flag.StringVar(&c.stop, "stop", "", "end early when this file exists")
 	flag.Uint64Var(&c.seed, "seed", 1, "of the random operations")
 	flag.BoolVar(&c.discard, "discard", true, "also discard and write zeroes")
 	flag.DurationVar(&c.pause, "pause", 200*time.Millisecond, "list waits at least this long")
 	flag.Parse()
+	c.span = *span << 20
 	r, err := torture(c)
 	out, jerr := json.Marshal(r)
 	fmt.Println(string(out))
