@@ -70,6 +70,7 @@
 // # Locks
 //
 // objectsMu, then a stripe lock (one at a time), then the arena's. No lock is
-// held across a call of the driver's functions or of a PageReader. The package
+// held across a call of the driver's functions or of a PageReader, except that
+// RestoreDirectory, which runs alone, iterates under objectsMu. The package
 // starts no goroutines that outlive a call.
 package lba

@@ -537,3 +537,26 @@ func TestAPageStaysForAGeneration(t *testing.T) {
 		t.Fatal("an entry came back")
 	}
 }
+
+// TestDiscardOfALeafJustLoaded: it is empty in the next checkpoint, although
+// nothing but the discard has touched it.
+func TestDiscardOfALeafJustLoaded(t *testing.T) {
+	store := newPageStore()
+	first := newMap(t, 2*LeafClusters)
+	set(t, first, 0, 7)
+	set(t, first, LeafClusters, 8)
+	m := reopened(t, first, store)
+	if err := m.Load(background, store, 0, 1); err != nil {
+		t.Fatal(err)
+	}
+	if m.Clear(0, m.Clusters(), nil) {
+		t.Fatal("cleared a leaf that is not loaded")
+	}
+	if !m.Clear(0, LeafClusters, nil) {
+		t.Fatal("did not clear a leaf that is loaded")
+	}
+	if saved := checkpointed(t, m, store, 2); len(saved.order) != 1 || saved.order[0] != 1 || saved.mapped != 1 {
+		t.Fatalf("the checkpoint holds leaves %v, %d clusters", saved.order, saved.mapped)
+	}
+	checkBooks(t, m)
+}
