@@ -5,11 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"runtime"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 )
@@ -215,77 +213,6 @@ func TestResize(t *testing.T) {
 	}
 }
 
-func TestConcurrentLoadsOfALeafAreShared(t *testing.T) {
-	store := newPageStore()
-	first := newMap(t, 100*LeafClusters)
-	for leaf := range uint64(100) {
-		set(t, first, leaf*LeafClusters, Location(leaf+1))
-	}
-	m := reopened(t, first, store)
-	if _, ok := m.Set(0, 9); ok || m.GetRange(0, make([]Location, 5)) != 0 || m.Clear(0, 1, nil) {
-		t.Fatal("a leaf that is not loaded was used")
-	}
-	within(t, func() {
-		var wg sync.WaitGroup
-		for range 5 {
-			wg.Go(func() {
-				if err := m.Load(background, store, 0, 100*LeafClusters); err != nil {
-					t.Error(err)
-				}
-			})
-		}
-		wg.Wait()
-	})
-	if store.reads != 100 || !m.Resident(0, 100*LeafClusters) {
-		t.Fatalf("%d reads for 100 leaves", store.reads)
-	}
-	if d := diff(contents(t, first, store), contents(t, m, store)); d != "" {
-		t.Fatal(d)
-	}
-	if m.Stats().DirtyPages != 0 || m.Stats().ResidentPages != 100 {
-		t.Fatalf("after loading: %+v", m.Stats())
-	}
-}
-
-// TestLoadCanceledByAnother: who waits for a load that its owner cancels does
-// the load itself.
-func TestLoadCanceledByAnother(t *testing.T) {
-	store := newPageStore()
-	first := newMap(t, 2*LeafClusters)
-	set(t, first, 0, 5)
-	m := reopened(t, first, store)
-	owner, cancel := context.WithCancel(background)
-	entered := make(chan struct{})
-	var once sync.Once
-	store.hook = func() {
-		once.Do(func() { close(entered); <-owner.Done() })
-	}
-	within(t, func() {
-		var wg sync.WaitGroup
-		wg.Go(func() {
-			if err := m.Load(owner, store, 0, 1); !errors.Is(err, context.Canceled) {
-				t.Errorf("canceled load: %v", err)
-			}
-		})
-		<-entered
-		impatient, giveUp := context.WithCancel(background)
-		giveUp()
-		if err := m.Load(impatient, store, 0, 1); !errors.Is(err, context.Canceled) {
-			t.Errorf("a canceled wait: %v", err)
-		}
-		wg.Go(func() {
-			if err := m.Load(background, store, 0, 1); err != nil {
-				t.Errorf("patient load: %v", err)
-			}
-		})
-		cancel()
-		wg.Wait()
-	})
-	if loc, ok := m.Get(0); loc != 5 || !ok {
-		t.Fatalf("loaded %v, %v", loc, ok)
-	}
-}
-
 func TestReadErrorsAreReported(t *testing.T) {
 	store := newPageStore()
 	first := newMap(t, 10*LeafClusters)
@@ -434,64 +361,6 @@ func residentKiB(t *testing.T, m *Map) (kib uint64) {
 		}
 	}
 	return kib
-}
-
-// TestMarkObjectDirtyUnderLoad empties objects while writers and checkpoints go on.
-func TestMarkObjectDirtyUnderLoad(t *testing.T) {
-	const leaves = 200
-	store := newPageStore()
-	first := newMap(t, leaves*LeafClusters)
-	for leaf := range uint64(leaves) {
-		set(t, first, leaf*LeafClusters+leaf, Location(leaf+1))
-	}
-	m := reopened(t, first, store)
-	if m.LivePages(1) != leaves {
-		t.Fatalf("%d live pages", m.LivePages(1))
-	}
-	rng := rand.New(rand.NewPCG(1, 1))
-	want := contents(t, first, store)
-	var gate sync.RWMutex
-	within(t, func() {
-		var wg sync.WaitGroup
-		wg.Go(func() {
-			for object := uint32(1); object < 20; object++ {
-				if err := m.MarkObjectDirty(background, store, object); err != nil {
-					t.Error(err)
-				}
-			}
-		})
-		for object := uint32(2); object < 20; object++ {
-			for range 50 {
-				lba, loc := rng.Uint64N(m.Clusters()), Location(object)<<32|Location(rng.Uint32())
-				if err := m.Load(background, store, lba, 1); err != nil {
-					t.Error(err)
-					return
-				}
-				gate.RLock()
-				if m.Set(lba, loc); want[lba] < loc {
-					want[lba] = loc
-				}
-				gate.RUnlock()
-			}
-			gate.Lock()
-			c := m.BeginCheckpoint()
-			gate.Unlock()
-			_ = c.WritePages(func(_ uint64, page []byte) (PageAddr, error) { return store.put(object, page), nil })
-			c.Commit()
-		}
-		wg.Wait()
-	})
-	if err := m.MarkObjectDirty(background, store, 1); err != nil {
-		t.Fatal(err)
-	}
-	checkpointed(t, m, store, 30)
-	if m.LivePages(1) != 0 {
-		t.Fatalf("%d live pages in the object that was emptied", m.LivePages(1))
-	}
-	store.deleteDead(m)
-	if d := diff(want, contents(t, reopened(t, m, store), store)); d != "" {
-		t.Fatal(d)
-	}
 }
 
 // TestWalkOverALeafThatMoves: while a walk reads a stored page, the leaf is
