@@ -25,11 +25,19 @@ type bench struct {
 
 // results are measurements by workload and server, one per round; nil where a
 // round failed.
-type results map[string]map[string][]*load.Result
+type results map[string]map[string][]*sample
 
-func (r results) put(workload, server string, round int, res load.Result) {
+// A sample is one measurement.
+type sample struct {
+	load.Result
+	// cpuAll is the server's CPU time from the begin of the load until the server
+	// was quiet again, in seconds per million operations: what it puts off counts.
+	cpuAll float64
+}
+
+func (r results) put(workload, server string, round int, res sample) {
 	if r[workload] == nil {
-		r[workload] = map[string][]*load.Result{}
+		r[workload] = map[string][]*sample{}
 	}
 	list := r[workload][server]
 	for len(list) <= round {
@@ -238,15 +246,31 @@ func (b *bench) one(ctx context.Context, w workload, round int, s *server) error
 		block := uint64(max(spec.BlockBytes, 4096))
 		spec.MaxOps = max(1, uint64(b.cfg.burst)/block*100/uint64(100-spec.ReadPercent))
 	}
-	res, err := load.Run(ctx, s.client, spec)
+	res, err := s.measure(ctx, spec)
 	if err != nil {
 		return fmt.Errorf("%s on %s: %w", w.name, s.name, err)
 	}
 	b.results.put(w.name, s.name, round, res)
-	if err := s.proc.settle(ctx, settleLimit); err != nil {
-		return fmt.Errorf("%s on %s: %w", w.name, s.name, err)
-	}
 	return nil
+}
+
+// measure puts a load on the server and waits until that is quiet again.
+func (s *server) measure(ctx context.Context, spec load.Spec) (res sample, err error) {
+	before, err := load.ReadUsage(s.proc.pid())
+	if err != nil {
+		return res, err
+	}
+	if res.Result, err = load.Run(ctx, s.client, spec); err != nil {
+		return res, err
+	}
+	if err := s.proc.settle(ctx, settleLimit); err != nil {
+		return res, err
+	}
+	after, err := load.ReadUsage(s.proc.pid())
+	if res.AllOps > 0 {
+		res.cpuAll = (after.CPU - before.CPU).Seconds() / float64(res.AllOps) * 1e6
+	}
+	return res, err
 }
 
 // tails measures at half the rate that this round has shown.

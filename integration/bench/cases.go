@@ -63,19 +63,19 @@ type target struct {
 	title    string
 	workload string
 	unit     string
-	value    func(load.Result) float64 // of one measurement
-	against  string                    // the server whose value divides Scoria's; "": the value itself counts
-	own      func(load.Result) float64 // with against == "": the figure itself
+	value    func(*sample) float64 // of one measurement
+	against  string                // the server whose value divides Scoria's; "": the value itself counts
 	limit    float64
-	goal     float64 // in terms of own or ratio; 0: none
+	goal     float64 // 0: none
 	atMost   bool    // smaller is better
 }
 
-func iops(r load.Result) float64 { return r.IOPS }
-func mbps(r load.Result) float64 { return r.MBps }
-func p50(r load.Result) float64  { return float64(r.P50) / 1e3 }
-func cpu(r load.Result) float64  { return r.ServerCPUPerMOps }
-func tail(r load.Result) float64 {
+func iops(r *sample) float64 { return r.IOPS }
+func mbps(r *sample) float64 { return r.MBps }
+func p50(r *sample) float64  { return float64(r.P50) / 1e3 }
+func cpu(r *sample) float64  { return r.ServerCPUPerMOps }
+func all(r *sample) float64  { return r.cpuAll }
+func tail(r *sample) float64 {
 	if r.P50 == 0 {
 		return 0
 	}
@@ -83,7 +83,7 @@ func tail(r load.Result) float64 {
 }
 
 func targets() []target {
-	peer := func(title, workload, unit string, value func(load.Result) float64, limit, goal float64, atMost bool) target {
+	peer := func(title, workload, unit string, value func(*sample) float64, limit, goal float64, atMost bool) target {
 		return target{title: title, workload: workload, unit: unit, value: value, against: peerName, limit: limit, goal: goal, atMost: atMost}
 	}
 	return []target{
@@ -96,6 +96,7 @@ func targets() []target {
 		peer("4 KiB write, depth 1, D", "D-write-d1", "IOPS", iops, 2, 3, false),
 		peer("4 KiB read, depth 1, D", "D-read-d1", "IOPS", iops, 2, 3, false),
 		peer("server CPU per write, depth 32, A", "A-write-d32", "s/M", cpu, 0.35, 0.2, true),
+		peer("the same, with what it puts off", "A-write-d32", "s/M", all, 0, 0, true),
 		peer("server CPU per read, depth 32, A", "A-read-d32", "s/M", cpu, 0.35, 0.2, true),
 		peer("64 KiB sequential write, depth 8, A", "A-seqwrite-64k-d8", "MB/s", mbps, 1.5, 2.2, false),
 		peer("64 KiB sequential read, depth 8, A", "A-seqread-64k-d8", "MB/s", mbps, 1.5, 2.2, false),

@@ -26,7 +26,7 @@ func (b *bench) measureDiskSync(ctx context.Context, round int) error {
 	defer removeFile(f)
 	data := make([]byte, block)
 	fill(data)
-	var res load.Result
+	var res sample
 	begin := time.Now()
 	for off := int64(0); time.Since(begin) < b.cfg.seconds && ctx.Err() == nil; off = (off + block) % (64 << 20) {
 		start := time.Now()
@@ -75,7 +75,7 @@ func removeFile(f *os.File) {
 func fill(p []byte) { rand.NewChaCha8([32]byte{1}).Read(p) }
 
 // finish completes a result of a bare loop.
-func finish(res *load.Result, begin time.Time, block uint64) {
+func finish(res *sample, begin time.Time, block uint64) {
 	res.Elapsed = time.Since(begin)
 	res.Bytes = res.Ops * block
 	res.IOPS = float64(res.Ops) / res.Elapsed.Seconds()
@@ -85,7 +85,7 @@ func finish(res *load.Result, begin time.Time, block uint64) {
 }
 
 // measureDiskSequential writes large blocks directly to a new file for d.
-func (b *bench) measureDiskSequential(ctx context.Context, d time.Duration) (load.Result, error) {
+func (b *bench) measureDiskSequential(ctx context.Context, d time.Duration) (sample, error) {
 	const block = 2 << 20
 	name := filepath.Join(b.dataDir, "sequential")
 	flags := os.O_CREATE | os.O_RDWR | os.O_TRUNC
@@ -93,17 +93,17 @@ func (b *bench) measureDiskSequential(ctx context.Context, d time.Duration) (loa
 	if err != nil {
 		// tmpfs, for one, has no direct I/O.
 		if f, err = os.OpenFile(name, flags, 0o600); err != nil {
-			return load.Result{}, err
+			return sample{}, err
 		}
 	}
 	defer removeFile(f)
 	data, err := unix.Mmap(-1, 0, block, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
 	if err != nil {
-		return load.Result{}, fmt.Errorf("mmap: %w", err)
+		return sample{}, fmt.Errorf("mmap: %w", err)
 	}
 	defer unix.Munmap(data)
 	fill(data)
-	var res load.Result
+	var res sample
 	begin := time.Now()
 	for off := int64(0); time.Since(begin) < d && ctx.Err() == nil; off += block {
 		start := time.Now()
@@ -149,7 +149,7 @@ func (b *bench) measureSustained(ctx context.Context) error {
 		Random: true, Depth: 32, Warmup: b.cfg.sustained / 2, Duration: b.cfg.sustained - b.cfg.sustained/2,
 		CPUs: []int{b.cfg.clientCPU}, ServerPID: s.proc.pid(),
 	}
-	res, err := load.Run(ctx, s.client, spec)
+	res, err := s.measure(ctx, spec)
 	if err != nil {
 		return err
 	}
@@ -165,7 +165,7 @@ func (b *bench) measureSustained(ctx context.Context) error {
 }
 
 // both is two measurements taken as one.
-func both(a, c load.Result) load.Result {
+func both(a, c sample) sample {
 	a.Latency.Add(&c.Latency)
 	a.Ops += c.Ops
 	a.Bytes += c.Bytes

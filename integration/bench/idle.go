@@ -4,9 +4,9 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"sync"
-	"sync/atomic"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"scoria/vhost/client"
 	"scoria/vhost/client/load"
@@ -47,7 +47,11 @@ func (b *bench) measureIdle(ctx context.Context) error {
 		return err
 	}
 	b.say("idle: creating %d volumes", n)
-	if err := d.createMany(ctx, n); err != nil {
+	err = several(ctx, n, func(i int) error {
+		_, err := d.create(ctx, idleName(i), 1<<30)
+		return err
+	})
+	if err != nil {
 		return err
 	}
 	created, err := d.usage(ctx)
@@ -55,23 +59,20 @@ func (b *bench) measureIdle(ctx context.Context) error {
 		return err
 	}
 	b.say("idle: attaching %d clients", n)
-	clients := make([]*client.Client, 0, n)
+	clients := make([]*client.Client, n)
 	defer func() {
 		for _, c := range clients {
-			c.Close()
-		}
-	}()
-	for i := range n {
-		c, err := client.Connect(d.socket(idleName(i)), client.Options{QueueSize: 128, MaxSegments: 2, MemoryBytes: 16 << 10})
-		if err != nil {
-			return err
-		}
-		clients = append(clients, c)
-		for _, percent := range []int{0, 100} {
-			if _, err := load.Run(ctx, c, load.Spec{MaxOps: 1, Duration: time.Minute, RegionBytes: 4096, ReadPercent: percent}); err != nil {
-				return fmt.Errorf("volume %s: %w", idleName(i), err)
+			if c != nil {
+				c.Close()
 			}
 		}
+	}()
+	err = several(ctx, n, func(i int) (err error) {
+		clients[i], err = attachIdle(ctx, d.socket(idleName(i)))
+		return err
+	})
+	if err != nil {
+		return err
 	}
 	attached, err := d.usage(ctx)
 	if err != nil {
@@ -105,27 +106,33 @@ func (d *scoriad) usage(ctx context.Context) (load.Usage, error) {
 
 func idleName(i int) string { return fmt.Sprintf("idle%04d", i) }
 
-// createMany makes n volumes, a few at a time.
-func (d *scoriad) createMany(ctx context.Context, n int) error {
-	var (
-		wg    sync.WaitGroup
-		next  atomic.Int64
-		once  sync.Once
-		first error
-	)
-	for range 4 {
-		wg.Go(func() {
-			for i := int(next.Add(1)) - 1; i < n && ctx.Err() == nil; i = int(next.Add(1)) - 1 {
-				if _, err := d.create(ctx, idleName(i), 1<<30); err != nil {
-					once.Do(func() { first = err })
-					return
-				}
-			}
-		})
+// attachIdle connects to a volume, writes one block and reads it.
+func attachIdle(ctx context.Context, socket string) (*client.Client, error) {
+	c, err := client.Connect(socket, client.Options{QueueSize: 128, MaxSegments: 2, MemoryBytes: 16 << 10})
+	if err != nil {
+		return nil, err
 	}
-	wg.Wait()
-	if first == nil {
-		first = ctx.Err()
+	for _, percent := range []int{0, 100} {
+		_, err := load.Run(ctx, c, load.Spec{MaxOps: 1, Duration: time.Minute, RegionBytes: 4096, ReadPercent: percent})
+		if err != nil {
+			return c, fmt.Errorf("%s: %w", socket, err)
+		}
 	}
-	return first
+	return c, nil
+}
+
+// several calls do for 0 to n-1, a few at a time, until one fails.
+func several(ctx context.Context, n int, do func(i int) error) error {
+	g, running := errgroup.WithContext(ctx)
+	g.SetLimit(8)
+	for i := range n {
+		if running.Err() != nil {
+			break
+		}
+		g.Go(func() error { return do(i) })
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return ctx.Err()
 }

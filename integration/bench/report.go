@@ -11,8 +11,6 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
-
-	"scoria/vhost/client/load"
 )
 
 // spread is a figure over the rounds.
@@ -60,6 +58,7 @@ type workloadLine struct {
 	P99    spread `json:"p99_us"`
 	P999   spread `json:"p999_us"`
 	CPU    spread `json:"server_cpu_s_per_million"`
+	CPUAll spread `json:"server_cpu_until_quiet_s_per_million"`
 	RSS    spread `json:"server_rss_mib"`
 }
 
@@ -138,13 +137,13 @@ func (b *bench) ratio(t target) (ratioLine, bool) {
 		if res == nil {
 			continue
 		}
-		v := t.value(*res)
+		v := t.value(res)
 		mine = append(mine, v)
 		switch {
 		case t.against == "":
 			ratios = append(ratios, v)
-		case round < len(theirs) && theirs[round] != nil && t.value(*theirs[round]) > 0:
-			o := t.value(*theirs[round])
+		case round < len(theirs) && theirs[round] != nil && t.value(theirs[round]) > 0:
+			o := t.value(theirs[round])
 			other = append(other, o)
 			ratios = append(ratios, v/o)
 		}
@@ -157,21 +156,21 @@ func (b *bench) ratio(t target) (ratioLine, bool) {
 	return line, len(ratios) > 0
 }
 
-func lineOf(name, server string, rounds []*load.Result) workloadLine {
-	of := func(f func(load.Result) float64) spread {
+func lineOf(name, server string, rounds []*sample) workloadLine {
+	of := func(f func(*sample) float64) spread {
 		var v []float64
 		for _, r := range rounds {
 			if r != nil {
-				v = append(v, f(*r))
+				v = append(v, f(r))
 			}
 		}
 		return spreadOf(v)
 	}
 	return workloadLine{
-		Row: name, Server: server, IOPS: of(iops), MBps: of(mbps), P50: of(p50), CPU: of(cpu),
-		P99:  of(func(r load.Result) float64 { return float64(r.P99) / 1e3 }),
-		P999: of(func(r load.Result) float64 { return float64(r.P999) / 1e3 }),
-		RSS:  of(func(r load.Result) float64 { return float64(r.ServerRSS) / (1 << 20) }),
+		Row: name, Server: server, IOPS: of(iops), MBps: of(mbps), P50: of(p50), CPU: of(cpu), CPUAll: of(all),
+		P99:  of(func(r *sample) float64 { return float64(r.P99) / 1e3 }),
+		P999: of(func(r *sample) float64 { return float64(r.P999) / 1e3 }),
+		RSS:  of(func(r *sample) float64 { return float64(r.ServerRSS) / (1 << 20) }),
 	}
 }
 
@@ -210,11 +209,11 @@ func (d *document) print(w io.Writer) error {
 		fmt.Fprintf(tab, "%s\t%s %s\t%s\t%s\n", f.Title, number(f.Value), f.Unit, target, reached)
 	}
 	if len(d.Workloads) > 0 {
-		fmt.Fprintln(tab, "\nworkload\tserver\tIOPS (min..max)\tMB/s\tp50 µs\tp99 µs\tp99.9 µs\tCPU s/M\tRSS MiB")
+		fmt.Fprintln(tab, "\nworkload\tserver\tIOPS (min..max)\tMB/s\tp50 µs\tp99 µs\tp99.9 µs\tCPU s/M\tuntil quiet\tRSS MiB")
 	}
 	for _, l := range d.Workloads {
-		fmt.Fprintf(tab, "%s\t%s\t%s (%s..%s)\t%s\t%s\t%s\t%s\t%s\t%s\n", l.Row, l.Server, number(l.IOPS.Median), number(l.IOPS.Min), number(l.IOPS.Max),
-			number(l.MBps.Median), number(l.P50.Median), number(l.P99.Median), number(l.P999.Median), number(l.CPU.Median), number(l.RSS.Median))
+		fmt.Fprintf(tab, "%s\t%s\t%s (%s..%s)\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", l.Row, l.Server, number(l.IOPS.Median), number(l.IOPS.Min), number(l.IOPS.Max),
+			number(l.MBps.Median), number(l.P50.Median), number(l.P99.Median), number(l.P999.Median), number(l.CPU.Median), number(l.CPUAll.Median), number(l.RSS.Median))
 	}
 	if err := tab.Flush(); err != nil {
 		return err

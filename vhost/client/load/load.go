@@ -53,6 +53,7 @@ type Spec struct {
 type Result struct {
 	Ops     uint64        `json:"ops"`
 	Bytes   uint64        `json:"bytes"`
+	AllOps  uint64        `json:"all_ops"` // those before and after the measurement included
 	Elapsed time.Duration `json:"elapsed_ns"`
 	IOPS    float64       `json:"iops"`
 	MBps    float64       `json:"mb_per_s"` // 10^6 bytes
@@ -204,6 +205,7 @@ func (r *run) result(workers []*worker, before, after Usage) Result {
 	var elapsed int64
 	for _, w := range workers {
 		res.Ops += w.hist.Count()
+		res.AllOps += w.total
 		res.Latency.Add(&w.hist)
 		elapsed = max(elapsed, w.elapsed)
 		kicks, waits := w.q.Counts()

@@ -52,6 +52,7 @@ type worker struct {
 	due      float64 // ns
 
 	hist         Histogram
+	total        uint64 // operations, measured or not
 	elapsed      int64 // ns
 	kicks, waits uint64
 	err          error
@@ -260,6 +261,7 @@ func (w *worker) finish(done []client.Completion, now, begin int64) error {
 			w.q.Flush(c.Tag)
 			continue
 		}
+		w.total++
 		if now >= begin {
 			w.hist.Record(uint64(now - w.start[tag]))
 		}
@@ -280,6 +282,7 @@ func (w *worker) drain() error {
 		if err != nil {
 			return err
 		}
+		w.total += uint64(n)
 		if n == 0 {
 			if err := w.q.Wait(drainTimeout); err != nil {
 				return fmt.Errorf("%d requests still in flight: %w", w.q.InFlight(), err)
