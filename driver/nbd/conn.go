@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -111,6 +112,9 @@ func (c *conn) serve() error {
 	stop := context.AfterFunc(c.ctx, func() { _ = c.nc.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	transmit, err := c.handshake()
+	if errors.Is(err, os.ErrDeadlineExceeded) && c.ctx.Err() == nil {
+		err = fmt.Errorf("handshake not complete after %v: %w", c.s.HandshakeTime, errProtocol)
+	}
 	if !transmit || err != nil {
 		return err
 	}
@@ -124,6 +128,12 @@ func (c *conn) serve() error {
 	err = c.readCommands()
 	c.submitBatch()
 	c.drain(err == nil)
+	// The last replies, and a writer that the client has left waiting.
+	if c.ctx.Err() == nil {
+		_ = c.nc.SetWriteDeadline(time.Now().Add(drainTime))
+	} else {
+		_ = c.nc.SetWriteDeadline(time.Now().Add(closeTime))
+	}
 	close(c.replies)
 	<-written
 	if c.release != nil {
@@ -139,7 +149,6 @@ func (c *conn) serve() error {
 // drainTime for those that wait for room; the others are canceled at once, and
 // again and again, as operations of several steps may just begin one.
 func (c *conn) drain(orderly bool) {
-	_ = c.nc.SetWriteDeadline(time.Now().Add(drainTime))
 	var patience <-chan time.Time
 	if orderly {
 		patience = time.After(drainTime)

@@ -48,7 +48,8 @@
 // connection's first command that changes data and held until the connection
 // ends. While another front end or process holds it, such commands fail with
 // EPERM and, in structured replies, the reason in words. Reading is always
-// possible. A peer whose PID is unknown is a claimant of its own per connection
+// possible. Programs that write from several processes (fio with numjobs, unless
+// thread=1) are therefore refused all but one. A peer whose PID is unknown is a claimant of its own per connection
 // and is not offered multi-conn.
 //
 // # Block sizes

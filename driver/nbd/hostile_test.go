@@ -105,6 +105,9 @@ func TestP7HandshakeHasADeadline(t *testing.T) {
 	c.send([]byte("IHAVE"))
 	c.ended()
 	await("the connection's end", func() bool { return f.Stats().Connections == 0 })
+	if f.Stats().Violations != 1 {
+		t.Error("the time-out does not count as a violation")
+	}
 }
 
 func TestP7ConnectionsAreLimited(t *testing.T) {
@@ -136,18 +139,7 @@ func TestP7StoppedClientHurtsOnlyItself(t *testing.T) {
 	d := ram(64<<20, blocktest.Options{})
 	f := serve(t, nil, d)
 	other := f.connect(t, "vm1")
-	c := f.connect(t, "vm1")
-	_ = c.nc.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
-	sent := 0
-	for {
-		_, err := c.nc.Write(appendRequest(nil, request{typ: cmdRead, flags: cmdFlagDF, offset: 0, length: 8 << 20}))
-		if err != nil {
-			break // the socket is full: the server has stopped reading
-		}
-		if sent++; sent > 1_000_000 {
-			t.Fatal("the server reads without end")
-		}
-	}
+	c := f.stopped(t)
 	f.mu.Lock()
 	for c := range f.conns {
 		if n := c.bytes.Load(); n > f.BytesPerConn {
@@ -161,6 +153,27 @@ func TestP7StoppedClientHurtsOnlyItself(t *testing.T) {
 	}
 	c.nc.Close()
 	await("the stopped client's end", func() bool { return f.Stats().Connections == 1 })
+	f.stopped(t)
+	defer watchdog("Close with a stopped client")()
+	f.Close()
+}
+
+// stopped connects a client that sends reads until the server no longer takes
+// them.
+func (f *fixture) stopped(t *testing.T) *client {
+	c := f.connect(t, "vm1")
+	_ = c.nc.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+	sent := 0
+	for {
+		_, err := c.nc.Write(appendRequest(nil, request{typ: cmdRead, flags: cmdFlagDF, offset: 0, length: 8 << 20}))
+		if err != nil {
+			break // the socket is full: the server has stopped reading
+		}
+		if sent++; sent > 1_000_000 {
+			t.Fatal("the server reads without end")
+		}
+	}
+	return c
 }
 
 // FuzzSession sends bytes to a server as a client's whole session. The server

@@ -31,8 +31,10 @@ const (
 	acceptPause = 100 * time.Millisecond
 	// drainTime is how long a connection that ends in an orderly way waits for
 	// requests under way before those that wait for room are canceled, and how
-	// long the last replies may take to be written.
+	// long the last replies may take to be written; closeTime is the latter when
+	// the server closes.
 	drainTime = 5 * time.Second
+	closeTime = time.Second
 	// pollTime is how often a connection that waits for something else than
 	// its socket looks whether the client has hung up.
 	pollTime = time.Second
