@@ -208,7 +208,9 @@ func (v *Volume) Resize(_ context.Context, size uint64) error {
 	if size < v.cfg.Size {
 		return fmt.Errorf("volume %s: new size %d is less than %d: shrinking is not supported", c.Name, size, v.cfg.Size)
 	}
-	v.m.Resize(size / block.ClusterSize)
+	if err := v.m.Resize(size / block.ClusterSize); err != nil {
+		return fmt.Errorf("volume %s: resize to %d: %w", c.Name, size, err)
+	}
 	v.cfg.Size = size
 	v.setInfo()
 	info := v.Info()

@@ -131,8 +131,9 @@ func (v *Volume) fill(l *logSCO, c, rec, k uint32, src *segments, first uint64) 
 		l.crcs[slot].Load()[i%chunkClusters].Store(r.DataCRC)
 		tlog.Put(l.record(rec+filled), l.key, rec+filled, &r)
 		old, ok := v.m.Set(r.LBA, lba.MakeLocation(l.hdr.Number, i))
-		if !ok {
-			panic("driver: map page went away")
+		if !ok { // the kernel refuses memory for the map
+			tlog.Put(l.record(rec+filled), l.key, rec+filled, &tlog.Record{Type: tlog.Void, Cluster: i})
+			return filled, fmt.Errorf("write cluster %d: %w", r.LBA, lba.ErrMemory)
 		}
 		if old != 0 {
 			v.live.at(old.SCO()).Add(-1)
