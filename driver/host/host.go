@@ -372,6 +372,9 @@ func (h *Host) status(context.Context) control.Status {
 	if err != nil {
 		st.Conditions = append(st.Conditions, control.Condition{Code: "data-dir", Message: err.Error()})
 	}
+	if err := h.reg.Err(); err != nil {
+		st.Conditions = append(st.Conditions, control.Condition{Code: "registry-failed", Message: err.Error()})
+	}
 	st.DataFree = free
 	return st
 }

@@ -207,6 +207,13 @@ func (s *Embedded) Revision() int64 {
 	return s.revision
 }
 
+// Err returns why the store refuses commits, nil while it does not.
+func (s *Embedded) Err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.failed
+}
+
 // Get implements Store.
 func (s *Embedded) Get(ctx context.Context, key string) (KV, bool, error) {
 	if err := ctx.Err(); err != nil {

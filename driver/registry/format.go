@@ -96,8 +96,11 @@ func decodeJournal(b []byte) (journal, error) {
 		if r.failed {
 			break
 		}
-		if kind[0] == kindPut {
+		switch {
+		case kind[0] == kindPut:
 			w.Value = append([]byte{}, value...)
+		case kind[0] != kindDelete || len(value) > 0:
+			return journal{}, fmt.Errorf("%w: journal of revision %d: write of kind %d with %d bytes", ErrCorrupt, revision, kind[0], len(value))
 		}
 		j.writes = append(j.writes, w)
 	}

@@ -33,6 +33,9 @@ func TestP1FailedSyncIsNeverForgotten(t *testing.T) {
 	if _, err := s.Commit(t.Context(), nil, write); !errors.Is(err, ErrFailed) {
 		t.Fatalf("Commit after a failed sync: %v; want ErrFailed", err)
 	}
+	if !errors.Is(s.Err(), ErrFailed) {
+		t.Fatalf("Err is %v", s.Err())
+	}
 	if kv, ok, err := s.Get(t.Context(), "a"); err != nil || !ok || string(kv.Value) != "1" {
 		t.Fatalf("a is %+v, %v, %v; want what was committed", kv, ok, err)
 	}
