@@ -8,11 +8,16 @@ import (
 	"scoria/driver/lba"
 )
 
-// Abandon stops the goroutines of an engine whose process is deemed dead. Its
-// mappings stay, as late stores of it may still come.
+// Abandon stops the goroutines of an engine whose process is deemed dead, and
+// ends the requests that wait. Its mappings stay, as late stores of it may still
+// come.
 func (e *Engine) Abandon() {
 	for _, v := range e.list() {
+		v.closing.Store(true)
 		v.cancel()
+		for _, p := range v.parked.remove(func(*parkedWrite) bool { return true }) {
+			v.end(p.r, block.ErrClosed)
+		}
 	}
 	close(e.stop)
 	e.stopped.Wait()
@@ -28,6 +33,9 @@ func (v *Volume) Publish(ctx context.Context) (bool, error) { return v.publish(c
 // WaitSealed spills and seals whatever is closed and uploads it.
 func (v *Volume) WaitSealed() bool {
 	for range 2000 {
+		if v.ctx.Err() != nil {
+			return false
+		}
 		v.kickIO()
 		v.kickUpload()
 		v.metaMu.Lock()
@@ -108,3 +116,17 @@ func (v *Volume) MapEverything() {
 	v.unsealed = append(v.unsealed, l)
 	v.cur = l
 }
+
+// Housekeep does at once what the engine has a volume do once a second, as if
+// the last write were idle ago.
+func (v *Volume) Housekeep(ctx context.Context, idle time.Duration) {
+	for !v.scrubbing.CompareAndSwap(false, true) {
+		time.Sleep(time.Millisecond)
+	}
+	v.housekeep(ctx, idle)
+	v.scrubbing.Store(false)
+	v.eng.evict()
+}
+
+// Tick is what the engine's housekeeper calls once a second.
+func (v *Volume) Tick(now time.Time) { v.tick(now) }

@@ -333,9 +333,7 @@ func (w *world) crash() {
 // die leaves the current instance behind and goes on from clone.
 func (w *world) die(clone *vfs.Mem) {
 	w.t.Helper()
-	if _, err := w.fs.KillClone(); err != nil && !errors.Is(err, vfs.ErrKilled) {
-		w.t.Fatal(err)
-	}
+	w.fs.Kill()
 	w.eng.Abandon()
 	w.fs = clone
 	w.boot++
@@ -427,7 +425,7 @@ func forSeeds(t *testing.T, n int, fn func(t *testing.T, rng *rand.Rand)) {
 
 func randomWorld(t *testing.T, rng *rand.Rand) *world {
 	scoBytes := int64(1+rng.IntN(3)) << 20
-	pool := int64(6+rng.IntN(20)) << 20
+	pool := int64(4+rng.IntN(10)) << 20
 	w := newWorld(t, rng, uint64(2+rng.IntN(6))<<20, scoBytes, pool)
 	if rng.IntN(3) == 0 {
 		w.cache = 1 << 20
@@ -504,17 +502,13 @@ func TestP2CrashAtEveryStep(t *testing.T) {
 					}
 					select {
 					case <-dead:
-						if _, err := fsys.KillClone(); err != nil {
-							t.Fatal(err)
-						}
+						fsys.Kill()
 						w.eng.Abandon()
 					default:
 					}
 				case <-dead:
 					// The step may wait for the dead disk; it ends with the engine.
-					if _, err := fsys.KillClone(); err != nil {
-						t.Fatal(err)
-					}
+					fsys.Kill()
 					w.eng.Abandon()
 					<-errc
 				}
