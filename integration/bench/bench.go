@@ -21,6 +21,7 @@ type bench struct {
 	figures  []figure  // rows that are no ratios of workloads
 	problems []problem // rows that could not be measured
 	started  time.Time
+	load     string // of the machine before the begin
 }
 
 // results are measurements by workload and server, one per round; nil where a
@@ -73,6 +74,10 @@ func (b *bench) prepare() (err error) {
 	if b.cfg.list {
 		return nil
 	}
+	if b.load, err = loadAverage(); err != nil {
+		return err
+	}
+	b.say("load average of the last minute: %s", b.load)
 	if b.dataDir, err = os.MkdirTemp(b.cfg.dataDir, "scoria-bench-"); err != nil {
 		return fmt.Errorf("-data-dir: %w", err)
 	}

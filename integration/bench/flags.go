@@ -73,7 +73,7 @@ func parseFlags(args []string) (*config, error) {
 	fs.Var(bytesFlag{&c.burst}, "burst", "a measurement of writes ends after so many bytes, so that it fits into the write buffer")
 	fs.Var(bytesFlag{&c.buffer}, "write-buffer", "Scoria's write buffer")
 	fs.Var(bytesFlag{&c.region}, "region", "part of the disk that is read and written")
-	fs.DurationVar(&c.peerPoll, "peer-poll", 100*time.Microsecond, "the longest that the peer's iothread polls, in placement A")
+	fs.DurationVar(&c.peerPoll, "peer-poll", time.Millisecond, "the longest that the peer's iothread polls, in placement A")
 	fs.DurationVar(&c.poll, "poll", 100*time.Microsecond, "how long Scoria polls, in placement A")
 	fs.DurationVar(&c.sustained, "sustained", 12*time.Second, "length of the sustained random write, the first half not measured")
 	fs.IntVar(&c.idleVolumes, "idle-volumes", 1000, "attached volumes of the idle rows")

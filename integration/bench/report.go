@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 )
@@ -259,6 +260,27 @@ func number(v float64) string {
 	return fmt.Sprintf("%.3g", v)
 }
 
+// busyLoad is the load average from which on the figures say more about what
+// else runs than about the servers. A build just before leaves more than 0.
+const busyLoad = 1.5
+
+// loadAverage is that of the last minute, with a warning if it is high.
+func loadAverage() (string, error) {
+	b, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		return "", err
+	}
+	first, _, _ := strings.Cut(string(b), " ")
+	v, err := strconv.ParseFloat(first, 64)
+	if err != nil {
+		return "", fmt.Errorf("/proc/loadavg: %w", err)
+	}
+	if v > busyLoad {
+		first += ": something else runs, the figures can't be trusted"
+	}
+	return first, nil
+}
+
 // machine says what the figures were measured on.
 func machine() map[string]string {
 	m := map[string]string{"go": runtime.Version(), "peer": "not installed"}
@@ -282,8 +304,9 @@ func machine() map[string]string {
 func (b *bench) settings() map[string]string {
 	c := b.cfg
 	return map[string]string{
-		"rounds":    fmt.Sprintf("%d of %v", c.rounds, c.seconds),
-		"placement": fmt.Sprintf("A: client on CPU %d, server on CPU %d, both poll; D: both on CPU %d, both sleep", c.clientCPU, c.serverCPU, c.serverCPU),
-		"disk":      fmt.Sprintf("%d MiB of %d MiB used; writes end after %d MiB, write buffer %d MiB", c.region>>20, b.volumeBytes()>>20, c.burst>>20, c.buffer>>20),
+		"load average": b.load,
+		"rounds":       fmt.Sprintf("%d of %v", c.rounds, c.seconds),
+		"placement":    fmt.Sprintf("A: client on CPU %d, server on CPU %d, both poll; D: both on CPU %d, both sleep", c.clientCPU, c.serverCPU, c.serverCPU),
+		"disk":         fmt.Sprintf("%d MiB of %d MiB used; writes end after %d MiB, write buffer %d MiB", c.region>>20, b.volumeBytes()>>20, c.burst>>20, c.buffer>>20),
 	}
 }
