@@ -48,8 +48,9 @@ func command() *cobra.Command {
 RUN/vhost/POOL/VOLUME.sock (vhost-user-blk) and to other tools on RUN/nbd.sock
 (NBD). The command scoria makes and manages volumes through RUN/control.sock.
 
-Without --config the file ` + host.DefaultConfigFile + ` is read if it is there. --data-dir and
---run-dir override it, so that no file is needed.
+With both --data-dir and --run-dir no file is needed, and none is read unless
+--config names it; what they say goes before what a file says. Otherwise
+` + host.DefaultConfigFile + ` is read if it is there.
 
 SIGTERM stops the daemon in order; a second SIGTERM stops waiting, and the next
 start recovers the rest. Guests wait while no daemon runs, and go on with the next.`,
@@ -59,7 +60,7 @@ start recovers the rest. Guests wait while no daemon runs, and go on with the ne
 		Version: version, Args: cobra.NoArgs, SilenceUsage: true, SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error { return run(cmd, f) },
 	}
-	cmd.Flags().StringVar(&f.config, "config", "", "configuration file (default "+host.DefaultConfigFile+" if it exists)")
+	cmd.Flags().StringVar(&f.config, "config", "", "configuration file")
 	cmd.Flags().StringVar(&f.dataDir, "data-dir", "", "where volumes and the registry lie")
 	cmd.Flags().StringVar(&f.runDir, "run-dir", "", "where sockets are made")
 	cmd.AddCommand(docsCommand())
@@ -84,13 +85,14 @@ func docsCommand() *cobra.Command {
 }
 
 func (f *flags) load() (host.Config, error) {
-	name := f.config
-	if name == "" {
-		name = host.DefaultConfigFile
-	}
-	c, err := host.LoadConfig(name)
-	if f.config == "" && errors.Is(err, fs.ErrNotExist) {
-		c, err = host.DefaultConfig(), nil
+	c, err := host.DefaultConfig(), error(nil)
+	switch {
+	case f.config != "":
+		c, err = host.LoadConfig(f.config)
+	case f.dataDir == "" || f.runDir == "":
+		if c, err = host.LoadConfig(host.DefaultConfigFile); errors.Is(err, fs.ErrNotExist) {
+			c, err = host.DefaultConfig(), nil
+		}
 	}
 	if f.dataDir != "" {
 		c.DataDir = f.dataDir

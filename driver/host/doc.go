@@ -21,8 +21,8 @@
 // dies in between. A resize: record; engine; guests are told. An attachment is
 // recorded late and only for speed.
 //
-// A start: locks; instance.json says unclean; engine; unfinished volumes; control
-// socket, sockets of all volumes; volumes that were attached lately are opened.
+// A start: locks; registry; engine; instance.json says unclean; unfinished volumes; volumes
+// that were attached lately begin to open; sockets of all volumes; control socket.
 // A stop: front ends drained and closed; engine closed (flush, checkpoint);
 // instance.json says clean; the write buffer's file removed; locks.
 //
@@ -34,6 +34,6 @@
 //
 // # Goroutines
 //
-// Of Host: one per listener (control, metrics, nbd), one that follows
-// attachments and conditions once a second, one per volume being opened.
+// Of Host: one per listener (control, metrics, nbd), one that records
+// attachments once a second, one per volume being opened.
 package host

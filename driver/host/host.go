@@ -87,6 +87,7 @@ func (h *Host) start(ctx context.Context, fsys vfs.FS) error {
 	if err := h.volumes.Finish(ctx); err != nil {
 		return err
 	}
+	h.startFollowing(ctx)
 	return h.serve(ctx)
 }
 
@@ -258,7 +259,6 @@ func (h *Host) serve(ctx context.Context) error {
 	if err := h.serveMetrics(metrics); err != nil {
 		return err
 	}
-	h.startFollowing(ctx)
 	return h.serveControl(socks, metrics)
 }
 

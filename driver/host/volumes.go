@@ -207,6 +207,10 @@ func (h *VolumeSet) runOpening(v *volume) {
 	dev, err := h.openNow(v)
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	// A guest asks again every second: the same reason is logged once.
+	if err != nil && !errors.Is(err, block.ErrNotFound) && (v.openErr == nil || v.openErr.Error() != err.Error()) {
+		h.log.Error().Err(err).Str("volume", v.name).Msg("volume can't be opened")
+	}
 	if err == nil {
 		v.dev = dev
 	} else if errors.Is(err, block.ErrNotFound) && h.volumes[v.name] == v && len(v.gate) == 0 {
@@ -239,7 +243,6 @@ func (h *VolumeSet) openNow(v *volume) (Volume, error) {
 	}
 	dev, err := h.engine.OpenVolume(h.ctx, h.config(&e.Record))
 	if err != nil {
-		h.log.Error().Err(err).Str("volume", v.name).Msg("volume can't be opened")
 		return nil, fmt.Errorf("open volume %s: %w", v.name, err)
 	}
 	return dev, nil
