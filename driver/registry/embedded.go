@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"github.com/tidwall/buntdb"
+	"golang.org/x/sys/unix"
 )
 
 // # The embedded store
@@ -25,6 +26,8 @@ import (
 //     sync is the commit point. Then the writes are applied to their keys,
 //     unsynced: if they are lost or torn, the journal repeats them at the next
 //     opening, and the next commit's sync covers them.
+//   - Room for a commit is reserved before it begins, so that a full disk refuses
+//     it whole, and the next one succeeds when there is room again.
 //   - A failed sync closes the store for writing for good: nobody knows what the
 //     disk has, and a later sync that succeeds would not tell.
 //   - The tail is inspected before buntdb sees the file: an unfinished command at
@@ -76,10 +79,22 @@ type Embedded struct {
 	hub      hub
 }
 
-// syncer makes what buntdb wrote durable; an *os.File outside tests.
+// syncer makes what buntdb wrote durable; a diskFile outside tests.
 type syncer interface {
 	Sync() error
+	// Reserve makes sure that n bytes behind offset can be written.
+	Reserve(offset, n int64) error
 	Close() error
+}
+
+type diskFile struct{ *os.File }
+
+func (f diskFile) Reserve(offset, n int64) error {
+	err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, offset, n)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return nil // then a full disk is found by the write
+	}
+	return err
 }
 
 // Open opens or creates the store in the file at path; its directory must exist
@@ -87,7 +102,7 @@ type syncer interface {
 // lock). ErrCorrupt if committed data is damaged.
 func Open(path string) (*Embedded, error) {
 	s := &Embedded{path: path, hub: newHub(historyEvents, watchBuffer)}
-	if err := os.Remove(path + ".tmp"); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := removeIfThere(path + ".tmp"); err != nil {
 		return nil, fmt.Errorf("registry %s: %w", path, err)
 	}
 	if err := repairTail(path); err != nil {
@@ -121,7 +136,7 @@ func (s *Embedded) openFile() error {
 	if err := db.SetConfig(buntdb.Config{SyncPolicy: buntdb.Never, AutoShrinkDisabled: true}); err != nil {
 		return errors.Join(err, db.Close(), f.Close())
 	}
-	s.db, s.syncFile = db, f
+	s.db, s.syncFile = db, diskFile{f}
 	return s.measure()
 }
 
@@ -281,7 +296,8 @@ func (s *Embedded) list(prefix string) ([]KV, error) {
 	return kvs, nil
 }
 
-// Commit implements Store. It fails with ErrFailed after a write or sync of this
+// Commit implements Store. A full disk refuses it, with no effect. It fails with
+// ErrFailed after a write or sync of this
 // or an earlier commit has failed; whether this one happened is then known only
 // after the store has been opened again.
 func (s *Embedded) Commit(ctx context.Context, compares []Compare, writes []Write) (int64, error) {
@@ -312,7 +328,13 @@ func (s *Embedded) Commit(ctx context.Context, compares []Compare, writes []Writ
 		return s.revision, nil
 	}
 	rec := journal{revision: s.revision + 1, writes: writes}
-	if err := s.persist(rec); err != nil {
+	encoded := rec.encode()
+	// The journal, and its writes once more, each with its command and header.
+	room := 2*int64(len(encoded)) + int64(len(writes)+1)*(headerBytes+64)
+	if err := s.syncFile.Reserve(s.size, room); err != nil {
+		return 0, fmt.Errorf("registry: no room for a commit of %d bytes: %w", room, err)
+	}
+	if err := s.persist(rec, encoded); err != nil {
 		s.failed = fmt.Errorf("%w (%w)", ErrFailed, err)
 		return 0, s.failed
 	}
@@ -326,9 +348,9 @@ func (s *Embedded) Commit(ctx context.Context, compares []Compare, writes []Writ
 }
 
 // persist carries a commit out: journal, sync, apply.
-func (s *Embedded) persist(rec journal) error {
+func (s *Embedded) persist(rec journal, encoded []byte) error {
 	err := s.db.Update(func(tx *buntdb.Tx) error {
-		_, _, err := tx.Set(journalKey, string(rec.encode()), nil)
+		_, _, err := tx.Set(journalKey, string(encoded), nil)
 		return err
 	})
 	if err != nil {
@@ -382,7 +404,11 @@ func (s *Embedded) shrinkIfWorthwhile() error {
 	}
 	tmp := s.path + ".tmp"
 	if err := s.save(tmp); err != nil {
-		return fmt.Errorf("shrink: %w", err)
+		// A full disk, likely. Nothing has changed; tried again when the file has
+		// grown some more. What is left of tmp goes then, or at the next opening.
+		s.shrunk = s.size / 3
+		_ = os.Remove(tmp)
+		return nil
 	}
 	if err := s.closeFile(); err != nil {
 		return fmt.Errorf("shrink: %w", err)
@@ -408,6 +434,13 @@ func (s *Embedded) save(tmp string) (err error) {
 		return err
 	}
 	return f.Sync()
+}
+
+func removeIfThere(name string) error {
+	if err := os.Remove(name); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 func syncDir(dir string) error {

@@ -3,8 +3,10 @@ package registry
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 )
 
@@ -47,6 +49,93 @@ func TestP1FailedSyncIsNeverForgotten(t *testing.T) {
 	if _, err := s.Commit(t.Context(), nil, write); err != nil {
 		t.Fatalf("Commit after reopening: %v", err)
 	}
+}
+
+type fullDisk struct{ syncer }
+
+func (fullDisk) Reserve(int64, int64) error { return syscall.ENOSPC }
+
+// TestP8FullDiskRefusesAndRecovers: a commit that finds no room has no effect,
+// and the next succeeds when there is room.
+func TestP8FullDiskRefusesAndRecovers(t *testing.T) {
+	s, err := Open(filepath.Join(t.TempDir(), "registry.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	roomy := s.syncFile
+	s.syncFile = fullDisk{roomy}
+	write := []Write{{Key: "a", Value: []byte("1")}}
+	if _, err := s.Commit(t.Context(), nil, write); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("Commit on a full disk: %v; want ENOSPC", err)
+	}
+	if _, ok, err := s.Get(t.Context(), "a"); ok || err != nil {
+		t.Fatalf("a is there, or %v", err)
+	}
+	s.syncFile = roomy
+	if rev, err := s.Commit(t.Context(), nil, write); err != nil || rev != 1 {
+		t.Fatalf("Commit with room again: %d, %v", rev, err)
+	}
+}
+
+// TestP8FailedShrinkIsHarmless: the old file goes on.
+func TestP8FailedShrinkIsHarmless(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "registry.db")
+	s, err := Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := os.MkdirAll(path+".tmp/in-the-way", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 60 {
+		if _, err := s.Commit(t.Context(), nil, []Write{{Key: "big", Value: make([]byte, 40<<10)}}); err != nil {
+			t.Fatalf("commit %d: %v", i, err)
+		}
+	}
+}
+
+// TestReservedRoomSuffices: no commit writes more than it reserved.
+func TestReservedRoomSuffices(t *testing.T) {
+	s, err := Open(filepath.Join(t.TempDir(), "registry.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	for _, n := range []int{1, 2, 100, MaxWrites} {
+		for _, length := range []int{-1, 0, 1, 1000} {
+			writes := make([]Write, n)
+			for i := range writes {
+				writes[i].Key = fmt.Sprintf("key-%d", i)
+				if length >= 0 {
+					writes[i].Value = bytes.Repeat([]byte("v"), length)
+				}
+			}
+			before := s.size
+			watch := &reserveWatch{syncer: s.syncFile}
+			s.syncFile = watch
+			if _, err := s.Commit(t.Context(), nil, writes); err != nil {
+				t.Fatal(err)
+			}
+			if s.syncFile == syncer(watch) {
+				s.syncFile = watch.syncer
+			}
+			if grown := s.size - before; grown > watch.n {
+				t.Errorf("%d writes of %d bytes: wrote %d, reserved %d", n, length, grown, watch.n)
+			}
+		}
+	}
+}
+
+type reserveWatch struct {
+	syncer
+	n int64
+}
+
+func (w *reserveWatch) Reserve(offset, n int64) error {
+	w.n = n
+	return w.syncer.Reserve(offset, n)
 }
 
 func TestNewerFormatIsRefusedUntouched(t *testing.T) {
