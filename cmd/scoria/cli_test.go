@@ -72,6 +72,7 @@ func (daemon) DeletePool(_ context.Context, name string) error {
 func (daemon) Volumes(context.Context, string) ([]control.Volume, error) {
 	busy := volume("fast/db")
 	busy.Open, busy.UsedBy, busy.Size = true, "vhost 3", 3<<39
+	busy.LastDisconnect, busy.LastDisconnectTime = "ring 0: descriptor chain loops", created
 	busy.Conditions = []control.Condition{{Code: "disk-full", Message: "no room"}, {Code: "throttled", Message: "slow"}}
 	return []control.Volume{volume("default/vm1"), busy}, nil
 }

@@ -128,6 +128,9 @@ func showVolume(w *tabwriter.Writer, v *control.Volume) {
 	row(w, "created", printTime(v.Created))
 	row(w, "vhost socket", v.Socket)
 	row(w, "nbd", v.NBD)
+	if v.LastDisconnect != "" {
+		row(w, "disconnected", fmt.Sprintf("%s, for: %s", printTime(v.LastDisconnectTime), v.LastDisconnect))
+	}
 	printConditions(w, v.Conditions)
 }
 

@@ -133,6 +133,35 @@ func TestTermStopsInOrder(t *testing.T) {
 	}
 }
 
+// TestP1HurriedStopLosesNothing: a second SIGTERM cuts the stop short; the next
+// start finds everything in order.
+func TestP1HurriedStopLosesNothing(t *testing.T) {
+	d := newDaemon(t)
+	d.start()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if _, err := d.client.CreateVolume(ctx, control.CreateVolume{Name: "v", Size: 64 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.client.Stats(ctx, "default/v"); err != nil { // opens it
+		t.Fatal(err)
+	}
+	d.cmd.Process.Signal(syscall.SIGTERM)
+	d.stop() // in order or in a hurry, depending on which was faster
+	d.start()
+	job, err := d.client.StartCheck(ctx, "default/v")
+	if err == nil {
+		job, err = d.client.Await(ctx, job, nil)
+	}
+	if err != nil || len(job.Report.Problems) > 0 {
+		t.Fatalf("check: %+v, %v", job, err)
+	}
+	st, err := d.client.Status(ctx)
+	if err != nil || len(st.Conditions) > 0 {
+		t.Fatalf("status: %+v, %v", st, err)
+	}
+}
+
 func TestSecondDaemonIsRefused(t *testing.T) {
 	d := newDaemon(t)
 	d.start()

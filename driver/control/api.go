@@ -63,6 +63,11 @@ type Volume struct {
 	Socket    string    `json:"socket"`            // of vhost-user-blk
 	NBD       string    `json:"nbd,omitempty"`     // URI for qemu-img and others
 
+	// LastDisconnect is why a guest's connection was last ended for a fault of its
+	// own or of the volume; empty if that never happened since the start.
+	LastDisconnect     string    `json:"last_disconnect,omitempty"`
+	LastDisconnectTime time.Time `json:"last_disconnect_time,omitzero"`
+
 	// Conditions is whatever slows, pauses or degrades the volume now.
 	Conditions []Condition `json:"conditions"`
 }

@@ -165,6 +165,14 @@ func (b *backend) answer(r *registry.Volume) control.Volume {
 		v.Conditions = conditionsAnswer(dev.Stats().Conditions)
 	}
 	v.Conditions = append(v.Conditions, b.troubles(name)...)
+	b.mu.Lock()
+	fronts := b.fronts
+	b.mu.Unlock()
+	for _, f := range fronts {
+		if reason, when := f.LastDisconnect(name); reason != "" && when.After(v.LastDisconnectTime) {
+			v.LastDisconnect, v.LastDisconnectTime = reason, when.UTC()
+		}
+	}
 	return v
 }
 

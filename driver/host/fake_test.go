@@ -205,6 +205,10 @@ func (f *fakeFront) Users(string) []string {
 	return f.users
 }
 
+func (f *fakeFront) LastDisconnect(string) (string, time.Time) {
+	return "ring 0 loops", time.Unix(1, 0)
+}
+
 func (f *fakeFront) Close(context.Context) error { return nil }
 
 func (f *fakeFront) has(name string) bool {

@@ -105,6 +105,17 @@ func (f *vhostFront) Users(name string) []string {
 	return []string{fmt.Sprintf("vhost (%d connections, %d rings)", st.Sessions, st.Rings)}
 }
 
+func (f *vhostFront) LastDisconnect(name string) (reason string, when time.Time) {
+	f.mu.Lock()
+	e := f.endpoints[name]
+	f.mu.Unlock()
+	if e == nil {
+		return "", time.Time{}
+	}
+	st := e.Stats()
+	return st.LastDisconnect, st.LastDisconnectTime
+}
+
 // Close ends the sessions. They end by themselves in bounded time: requests
 // under way end, and those that wait for room stay in the guests' rings.
 func (f *vhostFront) Close(ctx context.Context) error {
@@ -157,6 +168,9 @@ func (f *nbdFront) Users(name string) []string {
 	}
 	return users
 }
+
+// LastDisconnect knows nothing: NBD clients are told why, and it is logged.
+func (f *nbdFront) LastDisconnect(string) (reason string, when time.Time) { return "", time.Time{} }
 
 func (f *nbdFront) Close(ctx context.Context) error {
 	err := within(ctx, "nbd front end", f.server.Close)

@@ -51,13 +51,14 @@ type Host struct {
 	failed  chan error
 	wg      sync.WaitGroup // listeners
 	bg      sync.WaitGroup // follower and openings of the start
-	closers []func() error // what Stop undoes last, in reverse
+	closers []func() error // what Stop undoes, in reverse
+	busy    bool           // front ends did not close in time; used by Stop only
 
 	mu         sync.Mutex
 	conditions []control.Condition
 	stopping   bool
 	hurried    bool
-	hurry      context.CancelFunc // ends the closing of the engine early
+	hurry      context.CancelFunc // ends what Stop waits for
 }
 
 // Start runs a daemon with the configuration until Stop. When it returns, the
@@ -182,14 +183,13 @@ func (h *Host) planWriteBuffer(fsys vfs.FS, bootID string) poolPlan {
 // closeEngine closes the volumes. The engine removes the write buffer if nothing
 // in it is needed any more; only then the run was a clean one.
 func (h *Host) closeEngine(fsys vfs.FS) error {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	h.mu.Lock()
-	h.hurry = cancel
-	if h.hurried {
-		cancel()
+	if h.busy {
+		// A volume closed under requests would fail them, and a guest would see an
+		// I/O error. Ending as if killed loses nothing.
+		return errors.New("front ends are still busy, so volumes were not closed in order; the next start recovers them")
 	}
-	h.mu.Unlock()
+	ctx, cancel := h.patience(context.Background())
+	defer cancel()
 	if err := h.engine.Close(ctx); err != nil {
 		return fmt.Errorf("volumes were not closed in order; the next start recovers them: %w", err)
 	}
@@ -200,6 +200,18 @@ func (h *Host) closeEngine(fsys vfs.FS) error {
 	}
 	h.id.Clean = true
 	return h.id.save(fsys, h.config.DataDir)
+}
+
+// patience returns a context that ends when the operator hurries.
+func (h *Host) patience(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.hurry = cancel
+	if h.hurried {
+		cancel()
+	}
+	return ctx, cancel
 }
 
 // prepareRegistry makes the default pool and this node's record.
@@ -272,12 +284,17 @@ func (h *Host) socketsOfVolumes(ctx context.Context) (map[string]bool, error) {
 }
 
 // closeFronts lets requests under way end. Those that wait for room are
-// canceled and stay in the guests' rings; nothing else takes long.
+// canceled and stay in the guests' rings; nothing else takes long, unless a disk
+// hangs.
 func (h *Host) closeFronts() error {
 	const drain = 20 * time.Second
-	ctx, cancel := context.WithTimeout(context.Background(), drain)
+	bounded, stop := context.WithTimeout(context.Background(), drain)
+	defer stop()
+	ctx, cancel := h.patience(bounded)
 	defer cancel()
-	return h.volumes.Close(ctx)
+	err := h.volumes.Close(ctx)
+	h.busy = err != nil
+	return err
 }
 
 func (h *Host) serveMetrics(metrics http.Handler) error {

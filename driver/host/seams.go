@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -43,6 +44,9 @@ type FrontEnd interface {
 	// Users describes who is connected to a volume ("nbd pid 17"), for the
 	// operator and to refuse its deletion.
 	Users(name string) []string
+	// LastDisconnect says why and when a user was last thrown out for a fault of
+	// its own or the device's; empty if that never happened.
+	LastDisconnect(name string) (reason string, when time.Time)
 	// Close disconnects everybody after requests under way have ended, until ctx
 	// does.
 	Close(ctx context.Context) error

@@ -293,6 +293,9 @@ func TestP11TroublesShow(t *testing.T) {
 	ctx := testContext(t)
 	b.front.fail = errors.New("injected: no socket")
 	v := b.mustCreate(t, "v")
+	if v.LastDisconnect != "ring 0 loops" {
+		t.Fatalf("last disconnect %q", v.LastDisconnect)
+	}
 	if len(v.Conditions) != 1 || v.Conditions[0].Code != "not-served" || !strings.Contains(v.Conditions[0].Message, "no socket") {
 		t.Fatalf("conditions %+v", v.Conditions)
 	}
