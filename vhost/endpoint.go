@@ -17,6 +17,14 @@ import (
 // front end that fails may come back every second.
 const quietTime = time.Minute
 
+const (
+	// backlogTime is how long connections that the kernel has made already are
+	// still accepted when an endpoint closes.
+	backlogTime = 10 * time.Millisecond
+	// settleTime bounds the wait for a new connection's first ring.
+	settleTime = time.Second
+)
+
 // Endpoint is one volume's socket.
 type Endpoint struct {
 	srv    *Server
@@ -42,29 +50,20 @@ type Endpoint struct {
 // accept starts a session for each connection until the listener is closed.
 func (e *Endpoint) accept() {
 	defer close(e.accepting)
+	defer e.ln.Close()
 	for {
 		conn, err := e.ln.AcceptUnix()
-		if errors.Is(err, net.ErrClosed) {
+		if errors.Is(err, os.ErrDeadlineExceeded) { // Close
 			return
 		}
 		if err != nil { // out of descriptors, likely: it passes
 			e.log.Error().Err(err).Msg("accepting a vhost-user connection")
-			select {
-			case <-time.After(100 * time.Millisecond):
-			case <-e.ctx.Done():
-				return
-			}
+			time.Sleep(100 * time.Millisecond)
 			continue
 		}
 		e.counters.connections.Add(1)
 		s := newSession(e, conn)
 		e.mu.Lock()
-		if e.closed {
-			e.mu.Unlock()
-			conn.Close()
-			e.srv.sessionEnded()
-			return
-		}
 		e.sessions[s] = struct{}{}
 		e.mu.Unlock()
 		go s.run()
@@ -72,6 +71,11 @@ func (e *Endpoint) accept() {
 }
 
 // Close removes the socket, ends the sessions and waits for them.
+//
+// QEMU up to 8.x never connects again if its connection ends while it
+// negotiates (its commit f02a4b8e "vhost-user: Fix lost reconnect"). So those
+// that are about to connect are still let in, and those that negotiate get
+// settleTime to finish.
 func (e *Endpoint) Close() {
 	e.mu.Lock()
 	first := !e.closed
@@ -79,12 +83,18 @@ func (e *Endpoint) Close() {
 	e.mu.Unlock()
 	if first {
 		_ = os.Remove(e.path)
-		e.ln.Close()
-		e.cancel()
+		_ = e.ln.SetDeadline(time.Now().Add(backlogTime))
 	}
 	<-e.accepting
-	for _, s := range e.others(nil) {
+	sessions := e.others(nil)
+	for _, s := range sessions {
+		s.settle()
+	}
+	e.cancel()
+	for _, s := range sessions {
 		s.fail(ErrServerClosed)
+	}
+	for _, s := range sessions {
 		<-s.done
 	}
 	e.srv.mu.Lock()

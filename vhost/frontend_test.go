@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"runtime"
 	"testing"
@@ -52,6 +53,9 @@ type bed struct {
 func newBed(t testing.TB, cfg Config) *bed {
 	t.Helper()
 	cfg.Log = zerolog.Nop()
+	if os.Getenv("ZZK") != "" {
+		cfg.Log = zerolog.New(zerolog.ConsoleWriter{Out: os.Stderr, NoColor: true, TimeFormat: "05.000"}).With().Timestamp().Logger()
+	}
 	srv, err := NewServer(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -80,7 +84,7 @@ func (b *bed) listen() {
 func (b *bed) restart() {
 	b.t.Helper()
 	b.srv.Close()
-	srv, err := NewServer(Config{Log: zerolog.Nop()})
+	srv, err := NewServer(b.srv.cfg)
 	if err != nil {
 		b.t.Fatal(err)
 	}

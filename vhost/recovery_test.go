@@ -111,6 +111,23 @@ func TestP3OutOfOrderAnswersBeforeTheRestart(t *testing.T) {
 	})
 }
 
+// An answer whose signal was lost with the old daemon, or with the descriptor
+// that QEMU closed when the connection ended, is signalled when the ring starts.
+func TestP3SignalLostWithTheOldDaemon(t *testing.T) {
+	b := newBed(t, Config{})
+	g := newGuest(t, 1, 16, testFeatures|virtq.FeatureEventIdx)
+	f := start(t, b.path, g)
+	q := g.add(0, blkOut, 0, pattern(512, 1), 0)
+	g.publish(0)
+	hurry(t, "answer", g.rings[0].Pending)
+	f.conn.Close()
+	b.restart()
+	_, _ = mem.DrainEventFD(g.rings[0].call)
+	start(t, b.path, g)
+	hurry(t, "signal", func() bool { set, _ := mem.DrainEventFD(g.rings[0].call); return set })
+	g.wait(q)
+}
+
 // QEMU ends with requests in flight and comes back, the daemon staying.
 func TestFrontEndReconnects(t *testing.T) {
 	b := newBed(t, Config{})

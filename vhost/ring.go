@@ -297,6 +297,12 @@ func (r *ring) start() error {
 		return err
 	}
 	r.queue = q
+	s.ready.Store(true)
+	if r.call >= 0 {
+		// A former daemon may have died, or the front end may have let go of the
+		// old descriptor, between an answer and its signal.
+		_ = mem.SignalEventFD(r.call)
+	}
 	s.ep.counters.rings.Add(1)
 	s.notice.ringStarted(s)
 	s.log.Debug().Int("ring", r.index).Uint32("size", r.num).Msg("ring started")

@@ -64,6 +64,8 @@ type session struct {
 	// Any goroutine.
 	view   atomic.Pointer[deviceView]
 	leak   atomic.Bool   // memory must not be unmapped
+	born   time.Time     // constant
+	ready  atomic.Bool   // a ring was started
 	dead   chan struct{} // closed by fail
 	done   chan struct{} // closed when everything has been given back
 	notice noticeState
@@ -74,7 +76,7 @@ type session struct {
 
 func newSession(e *Endpoint, conn *net.UnixConn) *session {
 	s := &session{
-		ep: e, srv: e.srv, id: e.srv.sessionStarted(), conn: conn, wce: true,
+		ep: e, srv: e.srv, id: e.srv.sessionStarted(), conn: conn, wce: true, born: time.Now(),
 		dead: make(chan struct{}), done: make(chan struct{}),
 	}
 	if raw, err := conn.SyscallConn(); err == nil {
@@ -100,6 +102,17 @@ func (s *session) fail(err error) {
 		close(s.dead)
 		// Close may wait for the reader to let go, and a worker must not.
 		go s.conn.Close()
+	}
+}
+
+// settle waits until a young session has started a ring, or is none any more.
+func (s *session) settle() {
+	for !s.ready.Load() && time.Since(s.born) < settleTime {
+		select {
+		case <-s.dead:
+			return
+		case <-time.After(time.Millisecond):
+		}
 	}
 }
 

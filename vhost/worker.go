@@ -43,6 +43,7 @@ type worker struct {
 	// From other goroutines.
 	completed  atomic.Pointer[slot]
 	sleeping   atomic.Bool
+	wakers     atomic.Int64 // goroutines in wake, which may use wakefd
 	signalling atomic.Pointer[queue]
 	signals    atomic.Uint64 // begun
 	mu         sync.Mutex
@@ -148,11 +149,16 @@ func (w *worker) push(s *slot) {
 // wake ends the worker's sleep, if it sleeps. Whoever calls has made its reason
 // visible before; the worker looks for reasons after it has set sleeping.
 func (w *worker) wake() {
-	if w.sleeping.Load() && w.sleeping.CompareAndSwap(true, false) {
+	if !w.sleeping.Load() {
+		return
+	}
+	w.wakers.Add(1)
+	if w.sleeping.CompareAndSwap(true, false) {
 		if err := mem.SignalEventFD(w.wakefd); err != nil {
 			panic("vhost: waking a worker: " + err.Error())
 		}
 	}
+	w.wakers.Add(-1)
 }
 
 func (w *worker) run() {
@@ -459,5 +465,10 @@ func (w *worker) close() {
 		w.mu.Unlock()
 	})
 	<-w.ended
+	// It sleeps no more, so nobody new gets to use the descriptor; somebody may
+	// still be about to, when something else woke the worker.
+	for w.wakers.Load() != 0 {
+		time.Sleep(time.Millisecond)
+	}
 	w.closeFDs()
 }
