@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net"
-	"os"
 	"path/filepath"
 	"runtime"
 	"testing"
@@ -53,9 +52,6 @@ type bed struct {
 func newBed(t testing.TB, cfg Config) *bed {
 	t.Helper()
 	cfg.Log = zerolog.Nop()
-	if os.Getenv("ZZK") != "" {
-		cfg.Log = zerolog.New(zerolog.ConsoleWriter{Out: os.Stderr, NoColor: true, TimeFormat: "05.000"}).With().Timestamp().Logger()
-	}
 	srv, err := NewServer(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -286,9 +282,8 @@ func (g *guest) do(ring int, typ uint32, sector uint64, data []byte, read int) (
 
 // frontEnd is a connection.
 type frontEnd struct {
-	t       testing.TB
-	conn    *net.UnixConn
-	backend *net.UnixConn // our end of the back end's channel
+	t    testing.TB
+	conn *net.UnixConn
 }
 
 func dial(t testing.TB, path string) *frontEnd {
