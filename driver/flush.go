@@ -228,7 +228,7 @@ func (v *Volume) writeOut(l *logSCO, records, clusters uint32) error {
 		l.spilledC = c
 		v.stats.spilled.Add(uint64(len(data)))
 		if c%chunkClusters == 0 || (l.closed && c == clusters) {
-			p.markClean(l.data[slot].Load())
+			p.markClean(l, slot)
 		}
 	}
 	if clusters > from {
@@ -431,9 +431,7 @@ func (v *Volume) seal(l *logSCO) error {
 		v.eng.pool.releaseOf(l, chunkRecs, uint32(slot))
 	}
 	for slot := range l.data {
-		if id := l.data[slot].Load(); id != 0 {
-			v.eng.pool.markClean(id)
-		}
+		v.eng.pool.markClean(l, uint32(slot))
 	}
 	l.sealed.Store(true)
 	l.reader.Store(nil)

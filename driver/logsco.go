@@ -102,14 +102,17 @@ func (l *logSCO) full(clusters, records uint32) bool {
 	return r+records > l.hdr.RecordsLimit || c+clusters > l.hdr.ClustersCap
 }
 
-// extend provides chunks until the reservation fits. It returns false if the
-// pool has none left. Caller holds vol.extendMu.
+// extend provides chunks until the reservation fits or the SCO has become full
+// meanwhile. It returns false if the pool has none left. Caller holds
+// vol.extendMu.
 func (l *logSCO) extend(clusters, records uint32) bool {
 	p := l.vol.eng.pool
 	for {
 		r, c := unpack(l.head.Load())
 		lr, lc := unpack(l.limit.Load())
 		switch {
+		case r+records > l.hdr.RecordsLimit || c+clusters > l.hdr.ClustersCap:
+			return true
 		case c+clusters > lc:
 			slot := divUp(lc, chunkClusters)
 			if l.crcs[slot].Load() == nil {

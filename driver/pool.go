@@ -271,18 +271,21 @@ func (p *pool) detach(id uint32) {
 	*o = chunkOwner{}
 }
 
-// markClean says that the bytes of chunk id are in its SCO's file: it stays
-// readable until somebody needs the room.
-func (p *pool) markClean(id uint32) {
+// markClean says that the bytes of the data chunk in a slot of l are in its
+// file: it stays readable until somebody needs the room. The chunk may have
+// another owner by now if it was clean already.
+func (p *pool) markClean(l *logSCO, slot uint32) {
 	p.mu.Lock()
-	if o := &p.owners[id]; !o.clean {
-		o.clean = true
-		p.clean = append(p.clean, uint64(id)<<32|uint64(p.gen[id].Load()))
-		p.nclean++
-		p.dirty.Add(^uint32(0))
-		p.signalRoom()
+	defer p.mu.Unlock()
+	id := l.data[slot].Load()
+	if id == 0 || p.owners[id].log != l || p.owners[id].clean {
+		return
 	}
-	p.mu.Unlock()
+	p.owners[id].clean = true
+	p.clean = append(p.clean, uint64(id)<<32|uint64(p.gen[id].Load()))
+	p.nclean++
+	p.dirty.Add(^uint32(0))
+	p.signalRoom()
 }
 
 // release frees chunk id at once.
