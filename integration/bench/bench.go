@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"scoria/vhost/client"
 	"scoria/vhost/client/load"
 )
@@ -21,7 +23,8 @@ type bench struct {
 	figures  []figure  // rows that are no ratios of workloads
 	problems []problem // rows that could not be measured
 	started  time.Time
-	load     string // of the machine before the begin
+	turn     *os.File // locked while this benchmark runs
+	load     string   // of the machine before the begin
 }
 
 // results are measurements by workload and server, one per round; nil where a
@@ -69,10 +72,13 @@ func (b *bench) say(format string, args ...any) {
 	fmt.Fprintf(os.Stderr, "[%3.0fs] %s\n", time.Since(b.started).Seconds(), fmt.Sprintf(format, args...))
 }
 
-func (b *bench) prepare() (err error) {
+func (b *bench) prepare(ctx context.Context) (err error) {
 	b.started = time.Now()
 	if b.cfg.list {
 		return nil
+	}
+	if err := b.takeTurn(ctx); err != nil {
+		return err
 	}
 	if b.load, err = loadAverage(); err != nil {
 		return err
@@ -87,7 +93,35 @@ func (b *bench) prepare() (err error) {
 	return nil
 }
 
+// takeTurn waits until no other benchmark runs on this machine: two would
+// measure each other. The lock ends with the process.
+func (b *bench) takeTurn(ctx context.Context) (err error) {
+	name := filepath.Join(b.cfg.shmDir, "scoria-bench.lock")
+	if b.turn, err = os.OpenFile(name, os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+		return fmt.Errorf("-shm-dir: %w", err)
+	}
+	for told := false; ; told = true {
+		err := unix.Flock(int(b.turn.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		switch {
+		case err == nil:
+			return nil
+		case !errors.Is(err, unix.EWOULDBLOCK):
+			return fmt.Errorf("lock %s: %w", name, err)
+		case !told:
+			b.say("another benchmark holds %s; waiting for it", name)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(time.Second):
+		}
+	}
+}
+
 func (b *bench) cleanup() {
+	if b.turn != nil {
+		b.turn.Close()
+	}
 	for _, dir := range []string{b.dataDir, b.shmDir} {
 		if dir != "" {
 			os.RemoveAll(dir)

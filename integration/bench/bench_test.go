@@ -138,7 +138,7 @@ func TestPeer(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := &bench{cfg: cfg, results: results{}}
-	if err := b.prepare(); err != nil {
+	if err := b.prepare(ctx); err != nil {
 		t.Fatal(err)
 	}
 	b.measure(ctx)

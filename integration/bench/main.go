@@ -55,7 +55,7 @@ func run(ctx context.Context, args []string) (err error) {
 	}
 	b := &bench{cfg: cfg, results: results{}}
 	defer b.cleanup()
-	if err := b.prepare(); err != nil {
+	if err := b.prepare(ctx); err != nil {
 		return err
 	}
 	b.measure(ctx)
