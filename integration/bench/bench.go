@@ -119,13 +119,13 @@ func (b *bench) takeTurn(ctx context.Context) (err error) {
 }
 
 func (b *bench) cleanup() {
-	if b.turn != nil {
-		b.turn.Close()
-	}
 	for _, dir := range []string{b.dataDir, b.shmDir} {
 		if dir != "" {
 			os.RemoveAll(dir)
 		}
+	}
+	if b.turn != nil {
+		b.turn.Close()
 	}
 }
 
