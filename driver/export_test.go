@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"scoria/driver/block"
@@ -41,7 +42,7 @@ func (v *Volume) WaitSealed() bool {
 		v.metaMu.Lock()
 		done := true
 		for _, l := range v.unsealed {
-			done = done && (!l.closed || l.sealed.Load())
+			done = done && (!l.closed.Load() || l.sealed.Load())
 		}
 		for _, m := range v.scos {
 			done = done && m.uploaded
@@ -130,3 +131,6 @@ func (v *Volume) Housekeep(ctx context.Context, idle time.Duration) {
 
 // Tick is what the engine's housekeeper calls once a second.
 func (v *Volume) Tick(now time.Time) { v.tick(now) }
+
+// IsNoRoom reports whether background work gave way because the pool is full.
+func IsNoRoom(err error) bool { return errors.Is(err, errNoRoom) }

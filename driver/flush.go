@@ -128,7 +128,7 @@ func (v *Volume) ioStep() (more bool, err error) {
 		return false, nil
 	}
 	records, clusters := unpack(l.head.Load())
-	if l.closed {
+	if l.closed.Load() {
 		if l.spilledR < records || l.spilledC < clusters {
 			return true, v.spill(l, records, spillPiece)
 		}
@@ -227,7 +227,7 @@ func (v *Volume) writeOut(l *logSCO, records, clusters uint32) error {
 		c += n
 		l.spilledC = c
 		v.stats.spilled.Add(uint64(len(data)))
-		if c%chunkClusters == 0 || (l.closed && c == clusters) {
+		if c%chunkClusters == 0 || l.endsAt(c) {
 			p.markClean(l, slot)
 		}
 	}

@@ -178,7 +178,7 @@ func (l *logSCO) salvage() []tlog.Record {
 	}
 	l.head.Store(pack(end, clusters))
 	l.limit.Store(pack(end, clusters))
-	l.closed = true
+	l.closed.Store(true)
 	l.spilledC = clusters
 	for slot := divUp(clusters, chunkClusters); slot > 0 && l.data[slot-1].Load() != 0; slot-- {
 		l.spilledC = (slot - 1) * chunkClusters

@@ -42,9 +42,10 @@ type logSCO struct {
 	spilledC uint32 // clusters written to file
 	spilledR uint32 // records written to file
 	unsynced bool   // written since the last sync
-	closed   bool   // no more reservations; set with the gate closed
-	sealed   atomic.Bool
-	lost     bool // a write or sync of file failed for good
+	lost     bool   // a write or sync of file failed for good
+
+	closed atomic.Bool // no more reservations; set with the gate closed
+	sealed atomic.Bool
 }
 
 func pack(records, clusters uint32) uint64       { return uint64(records)<<32 | uint64(clusters) }
@@ -145,6 +146,15 @@ func (l *logSCO) record(i uint32) []byte {
 	b := l.vol.eng.pool.chunk(l.recs[i/chunkRecords].Load())
 	off := int(i%chunkRecords) * tlog.Size
 	return b[off : off+tlog.Size : off+tlog.Size]
+}
+
+// endsAt reports whether no cluster will ever come from c on.
+func (l *logSCO) endsAt(c uint32) bool {
+	if !l.closed.Load() {
+		return false
+	}
+	_, clusters := unpack(l.head.Load())
+	return c == clusters
 }
 
 // filled returns how many records from from on, up to to, have been filled

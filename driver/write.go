@@ -189,7 +189,7 @@ func (v *Volume) roll() bool {
 	if !v.install(l) {
 		return false
 	}
-	old.closed = true
+	old.closed.Store(true)
 	v.cur = l
 	v.logSince.Add(int64(records))
 	v.kickIO()
