@@ -127,8 +127,9 @@ func (v *Volume) ioStep() (more bool, err error) {
 	if l == nil || l.lost {
 		return false, nil
 	}
+	closed := l.closed.Load() // before head, which is final only then
 	records, clusters := unpack(l.head.Load())
-	if l.closed.Load() {
+	if closed {
 		if l.spilledR < records || l.spilledC < clusters {
 			return true, v.spill(l, records, spillPiece)
 		}
