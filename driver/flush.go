@@ -154,7 +154,7 @@ func (v *Volume) ioStep() (more bool, err error) {
 }
 
 // spillPiece is how many clusters are written between two looks at the waiters.
-const spillPiece = 4 * chunkClusters
+const spillPiece = maxVec * chunkClusters
 
 // wantSpill decides whether the head should be written out before it must be.
 func (v *Volume) wantSpill() bool {
@@ -214,32 +214,47 @@ func (v *Volume) writeOut(l *logSCO, records, clusters uint32) error {
 	if err := v.ensureFile(l); err != nil {
 		return err
 	}
-	p := v.eng.pool
 	start := time.Now()
 	from := l.spilledC
-	for c := l.spilledC; c < clusters; {
-		slot, off := l.cluster(c)
-		n := min(chunkClusters-c%chunkClusters, clusters-c)
-		data := p.chunk(l.data[slot].Load())[off : off+int(n)*block.ClusterSize]
-		l.unsynced = true
-		if _, err := l.file.WriteAt(data, sco.DataOff(c)); err != nil {
-			return fmt.Errorf("SCO %d: write %d clusters: %w", l.hdr.Number, n, err)
-		}
-		c += n
-		l.spilledC = c
-		v.stats.spilled.Add(uint64(len(data)))
-		if c%chunkClusters == 0 || l.endsAt(c) {
-			p.markClean(l, slot)
+	for l.spilledC < clusters {
+		if err := v.writeChunks(l, clusters); err != nil {
+			return err
 		}
 	}
 	if clusters > from {
-		off := sco.DataOff(from)
-		if err := l.file.StartWriteback(off, sco.DataOff(clusters)-off); err != nil {
-			return fmt.Errorf("SCO %d: start writeback: %w", l.hdr.Number, err)
-		}
 		v.eng.spillRate(int(clusters-from), time.Since(start))
 	}
 	return v.writeRecords(l, records)
+}
+
+// maxVec is how many chunks one write to the disk takes together: 4 MiB.
+const maxVec = 16
+
+// writeChunks writes clusters from spilledC on, up to clusters or maxVec chunks.
+func (v *Volume) writeChunks(l *logSCO, clusters uint32) error {
+	var vec [maxVec][]byte
+	var n int
+	from := l.spilledC
+	c := from
+	for ; n < maxVec && c < clusters; n++ {
+		slot, off := l.cluster(c)
+		k := min(chunkClusters-c%chunkClusters, clusters-c)
+		vec[n] = v.eng.pool.chunk(l.data[slot].Load())[off : off+int(k)*block.ClusterSize]
+		c += k
+	}
+	l.unsynced = true
+	bytes, err := l.file.WriteVecAt(vec[:n], sco.DataOff(from))
+	v.stats.spilled.Add(uint64(bytes))
+	if err != nil {
+		return fmt.Errorf("SCO %d: write %d clusters: %w", l.hdr.Number, c-from, err)
+	}
+	l.spilledC = c
+	for slot := from / chunkClusters; slot < divUp(c, chunkClusters); slot++ {
+		if (slot+1)*chunkClusters <= c || l.endsAt(c) {
+			v.eng.pool.markClean(l, slot)
+		}
+	}
+	return nil
 }
 
 // writeRecords writes the pages that hold records [spilledR, records). The first
@@ -277,24 +292,47 @@ func (v *Volume) ensureFile(l *logSCO) error {
 	if need := uint64(l.hdr.OpenSize() + v.eng.cfg.ReserveBytes); free < need {
 		return fmt.Errorf("create %s: %w: %d bytes are free, %d are needed with the reserve", name, syscall.ENOSPC, free, need)
 	}
-	f, err := v.eng.cfg.FS.Open(name, vfs.Create)
+	f, err := v.eng.cfg.FS.Open(name, vfs.Create|vfs.Direct)
 	if err != nil {
 		return fmt.Errorf("create %s: %w", name, err)
 	}
 	err = f.Allocate(0, l.hdr.OpenSize())
 	if err == nil {
-		_, err = f.WriteAt(l.hdr.Encode(), 0)
+		_, err = f.WriteAt(aligned(l.hdr.Encode()), 0)
 	}
 	if err == nil {
 		err = v.eng.cfg.FS.SyncDir(v.scoDir())
+	}
+	if err == nil {
+		err = v.attach(l, f)
 	}
 	if err != nil {
 		f.Close()
 		return fmt.Errorf("create %s: %w", name, err)
 	}
-	l.file = f
-	l.reader.Store(&f)
 	return nil
+}
+
+// attach makes f, opened for direct writes, the file of l, and opens it a second
+// time for reads.
+func (v *Volume) attach(l *logSCO, f vfs.File) error {
+	r, err := v.eng.cfg.FS.Open(v.scoPath(l.hdr.Number), vfs.ReadOnly)
+	if err != nil {
+		return err
+	}
+	l.file = f
+	l.reader.Store(&r)
+	return nil
+}
+
+// closeFiles lets go of what attach took.
+func (l *logSCO) closeFiles() {
+	if l.file != nil {
+		l.file.Close()
+	}
+	if r := l.reader.Swap(nil); r != nil {
+		(*r).Close()
+	}
 }
 
 // syncAll makes everything in the log durable: data and records of each SCO that
@@ -381,7 +419,7 @@ func (v *Volume) syncFile(l *logSCO) error {
 // open format, one after it the trailer at the end of the file.
 func sealFile(f vfs.File, h *sco.Header, clusters, records uint32, encoded []byte, crcs []uint32, sync func() error) (*scoMeta, error) {
 	t, footer := h.Footer(clusters, records, encoded, crcs)
-	if _, err := f.WriteAt(footer, t.RecordOff); err != nil {
+	if _, err := f.WriteAt(aligned(footer), t.RecordOff); err != nil {
 		return nil, fmt.Errorf("write footer: %w", err)
 	}
 	if err := sync(); err != nil {
@@ -435,8 +473,10 @@ func (v *Volume) seal(l *logSCO) error {
 		v.eng.pool.markClean(l, uint32(slot))
 	}
 	l.sealed.Store(true)
-	l.reader.Store(nil)
-	v.eng.files.put(fileKey{v.tag, m.number}, l.file)
+	v.eng.files.put(fileKey{v.tag, m.number}, *l.reader.Swap(nil))
+	if err := l.file.Close(); err != nil {
+		v.log.Warn().Uint64("sco", m.number).Err(err).Msg("close after sealing")
+	}
 	v.eng.addLocal(m.size)
 	v.kickUpload()
 	return nil

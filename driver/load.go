@@ -105,10 +105,10 @@ func (v *Volume) loadFromPool(n uint64, chunks []foundChunk, hasFile bool) (*rep
 	var file vfs.File
 	if hasFile {
 		var err error
-		if file, err = v.eng.cfg.FS.Open(v.scoPath(n), 0); err != nil {
+		if file, err = v.eng.cfg.FS.Open(v.scoPath(n), vfs.Direct); err != nil {
 			return nil, err
 		}
-		head := make([]byte, sco.Page)
+		head := aligned(make([]byte, sco.Page))
 		if _, err := file.ReadAt(head, 0); err == nil {
 			if h, err := sco.DecodeHeader(head); err == nil && h.Volume == v.cfg.ID && h.Number == n {
 				l.hdr = h
@@ -134,8 +134,11 @@ func (v *Volume) loadFromPool(n uint64, chunks []foundChunk, hasFile bool) (*rep
 	}
 	if file != nil {
 		// The dead daemon may have written without a sync.
-		l.file, l.unsynced = file, true
-		l.reader.Store(&file)
+		l.unsynced = true
+		if err := v.attach(l, file); err != nil {
+			file.Close()
+			return nil, err
+		}
 	}
 	l.hdr.Epoch = v.cfg.Epoch
 	return s, nil

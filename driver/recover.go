@@ -364,9 +364,7 @@ func (v *Volume) dropTail(ctx context.Context, numbers []uint64, inv *inventory)
 func (s *replaySCO) discard(v *Volume) {
 	if s.log != nil {
 		s.log.releaseChunks()
-		if s.log.file != nil {
-			s.log.file.Close()
-		}
+		s.log.closeFiles()
 	}
 	if s.file != nil {
 		s.file.Close()

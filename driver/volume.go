@@ -319,9 +319,7 @@ func (v *Volume) letGo() {
 		}
 	}
 	for _, l := range v.unsealed {
-		if l.file != nil {
-			l.file.Close()
-		}
+		l.closeFiles()
 	}
 	v.ckpt.close()
 	v.m.Close()

@@ -99,6 +99,19 @@ func (f *memFile) WriteAt(p []byte, off int64) (int, error) {
 	return done, nil
 }
 
+// WriteVecAt implements File. Each buffer is a write of its own.
+func (f *memFile) WriteVecAt(bufs [][]byte, off int64) (int, error) {
+	done := 0
+	for _, p := range bufs {
+		n, err := f.WriteAt(p, off+int64(done))
+		done += n
+		if err != nil {
+			return done, err
+		}
+	}
+	return done, nil
+}
+
 // Close implements io.Closer. It works on a killed instance too.
 func (f *memFile) Close() error {
 	f.m.mu.Lock()

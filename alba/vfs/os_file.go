@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -46,6 +47,38 @@ func (f *osFile) do(op string, call func(fd int) error) error {
 			return pathError(op, f.name, err)
 		}
 	}
+}
+
+// maxVec bounds the buffers of one pwritev (IOV_MAX).
+const maxVec = 1024
+
+// WriteVecAt implements File.
+func (f *osFile) WriteVecAt(bufs [][]byte, off int64) (int, error) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.fd < 0 {
+		return 0, pathError("write", f.name, fs.ErrClosed)
+	}
+	rest := slices.Clone(bufs)
+	n := 0
+	for len(rest) > 0 {
+		m, err := unix.Pwritev(f.fd, rest[:min(len(rest), maxVec)], off+int64(n))
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return n, pathError("write", f.name, err)
+		}
+		n += m
+		for len(rest) > 0 && m >= len(rest[0]) {
+			m -= len(rest[0])
+			rest = rest[1:]
+		}
+		if m > 0 {
+			rest[0] = rest[0][m:]
+		}
+	}
+	return n, nil
 }
 
 // ReadAt implements io.ReaderAt.

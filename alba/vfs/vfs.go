@@ -82,6 +82,9 @@ type File interface {
 	io.ReaderAt
 	io.WriterAt
 	io.Closer
+	// WriteVecAt writes bufs one behind the other from off on, with one call to
+	// the disk where that is possible. It returns the bytes written.
+	WriteVecAt(bufs [][]byte, off int64) (int, error)
 	Size() (int64, error)
 	Truncate(size int64) error
 	// Allocate reserves room for [off, off+length) so that later writes there
