@@ -220,7 +220,7 @@ func (s *session) openDevice() error {
 // session; it is acknowledged before, where the front end asked for that.
 func (s *session) handle(m *message) error {
 	payload, reply, err := s.dispatch(m)
-	s.log.Trace().Stringer("message", m.Request).Hex("payload", m.body).Err(err).Msg("vhost-user message")
+	s.log.Trace().Stringer("request", m.Request).Hex("payload", m.body).Err(err).Msg("vhost-user message")
 	if err != nil {
 		err = fmt.Errorf("%v: %w", m.Request, err)
 	}
