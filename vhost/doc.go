@@ -45,4 +45,13 @@
 // not succeed for that reason are left in the in-flight area instead of being
 // failed: the guest may be alive and its front end connect again, and then they
 // are resubmitted.
+//
+// # What QEMU can't take
+//
+// Seen with QEMU 7.2, and not to be helped from this side when the daemon is
+// killed: if the connection ends while QEMU negotiates or the guest is just
+// starting its driver, QEMU connects again and never says a word ("Fix lost
+// reconnect", f02a4b8e); if the guest writes the configuration space (the write
+// cache) while there is no connection, QEMU aborts (vhost_dev_set_config).
+// Endpoint.Close, the planned end, avoids the first.
 package vhost
