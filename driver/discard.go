@@ -20,7 +20,7 @@ const (
 func (v *Volume) clearRange(r *block.Request) {
 	debug.SetPanicOnFault(true)
 	v.lastWrite.Store(v.eng.now.Load())
-	err := v.clearBytes(r.Offset, r.Length)
+	err := v.clearBytes(r)
 	if err == nil && r.Flags&block.FUA != 0 {
 		v.flushLater(r)
 		return
@@ -28,17 +28,17 @@ func (v *Volume) clearRange(r *block.Request) {
 	v.end(r, err)
 }
 
-func (v *Volume) clearBytes(off, length uint64) error {
-	end := off + length
+func (v *Volume) clearBytes(r *block.Request) error {
+	off, end := r.Offset, r.Offset+r.Length
 	first := (off + block.ClusterSize - 1) / block.ClusterSize
 	last := end / block.ClusterSize
 	if first > last { // within one cluster
-		return v.clearPart(off, end)
+		return v.clearPart(r, off, end)
 	}
-	if err := v.clearPart(off, first*block.ClusterSize); err != nil {
+	if err := v.clearPart(r, off, first*block.ClusterSize); err != nil {
 		return err
 	}
-	if err := v.clearPart(last*block.ClusterSize, end); err != nil {
+	if err := v.clearPart(r, last*block.ClusterSize, end); err != nil {
 		return err
 	}
 	for first < last {
@@ -46,7 +46,7 @@ func (v *Volume) clearBytes(off, length uint64) error {
 		if v.m.Mapped() > clearSmall {
 			n = min(n, clearPiece)
 		}
-		if err := v.clearClusters(first, n); err != nil {
+		if err := v.clearClusters(r, first, n); err != nil {
 			return err
 		}
 		first += n
@@ -55,7 +55,7 @@ func (v *Volume) clearBytes(off, length uint64) error {
 }
 
 // clearPart zeroes part of one cluster, if it has anything in it.
-func (v *Volume) clearPart(off, end uint64) error {
+func (v *Volume) clearPart(r *block.Request, off, end uint64) error {
 	if off == end {
 		return nil
 	}
@@ -63,11 +63,11 @@ func (v *Volume) clearPart(off, end uint64) error {
 	if loc, err := v.locate(cluster); err != nil || loc == 0 {
 		return err
 	}
-	return v.mergeCluster(cluster, int(off%block.ClusterSize), make([]byte, end-off))
+	return v.mergeCluster(r, cluster, int(off%block.ClusterSize), make([]byte, end-off))
 }
 
 // clearClusters forgets whole clusters.
-func (v *Volume) clearClusters(first, n uint64) error {
+func (v *Volume) clearClusters(r *block.Request, first, n uint64) error {
 	for {
 		if err := v.writable(); err != nil {
 			return err
@@ -78,9 +78,9 @@ func (v *Volume) clearClusters(first, n uint64) error {
 		room := v.eng.pool.roomChan()
 		done, err := v.clearExclusive(first, n)
 		if err == errNoRoom {
-			v.kickIO()
-			v.eng.kickAll()
-			v.waitRoom(room)
+			if err := v.waitForRoom(r, room); err != nil {
+				return err
+			}
 			continue
 		}
 		if done || err != nil {

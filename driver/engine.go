@@ -1,10 +1,12 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -141,10 +143,36 @@ func (e *Engine) list() []*Volume {
 	return out
 }
 
+// maxClosed is how many heads one call of kickAll closes.
+const maxClosed = 32
+
 // kickAll makes every volume write out what it can: one of them waits for room.
+// A head that is filled in part holds chunks that only its end can free, so those
+// that were not written to for the longest time are closed.
 func (e *Engine) kickAll() {
-	for _, v := range e.list() {
+	volumes := e.list()
+	slices.SortFunc(volumes, func(a, b *Volume) int { return cmp.Compare(a.lastWrite.Load(), b.lastWrite.Load()) })
+	closed := 0
+	for _, v := range volumes {
+		if closed < maxClosed && e.pool.fill() > throttleAt && v.closeHead() {
+			closed++
+		}
 		v.kickIO()
+	}
+}
+
+// evictForRoom drops local copies of uploaded SCOs as long as that makes room
+// on a disk that is full.
+func (e *Engine) evictForRoom(dir string) {
+	want := uint64(e.cfg.ReserveBytes) + 2*MaxSCOBytes
+	for {
+		free, err := e.cfg.FS.Free(dir)
+		if err != nil || free > want || !e.evictOne() {
+			return
+		}
+		if now, err := e.cfg.FS.Free(dir); err != nil || now <= free {
+			return // the store shares the disk's blocks with us
+		}
 	}
 }
 
@@ -283,7 +311,8 @@ func (e *Engine) DeleteVolume(ctx context.Context, cfg VolumeConfig) error {
 }
 
 // Close closes all volumes and unmaps the pool. After a clean end the pool holds
-// nothing and its file is removed.
+// nothing; its file stays, because giving a gigabyte of memory back and taking it
+// anew is most of what a restart costs the guests.
 func (e *Engine) Close(ctx context.Context) error {
 	var errs []error
 	var wg sync.WaitGroup
@@ -302,11 +331,7 @@ func (e *Engine) Close(ctx context.Context) error {
 	wg.Wait()
 	close(e.stop)
 	e.stopped.Wait()
-	empty := e.pool.dirty.Load() == 0
 	errs = append(errs, e.pool.mapping.Close(), e.cache.Close())
-	if empty && errors.Join(errs...) == nil {
-		errs = append(errs, e.cfg.FS.Remove(e.cfg.PoolFile))
-	}
 	return errors.Join(errs...)
 }
 
@@ -317,18 +342,26 @@ func (e *Engine) addLocal(n int64) { e.localBytes.Add(n) }
 // the longest time, until they fit the budget.
 func (e *Engine) evict() {
 	for e.localBytes.Load() > e.cfg.CacheBytes {
-		var victim *scoMeta
-		var owner *Volume
-		for _, v := range e.list() {
-			if m := v.coldest(); m != nil && (victim == nil || m.lastRead < victim.lastRead) {
-				victim, owner = m, v
-			}
-		}
-		if victim == nil {
+		if !e.evictOne() {
 			return
 		}
-		owner.dropLocal(victim)
 	}
+}
+
+// evictOne drops the local copy that was not read for longest, if there is one.
+func (e *Engine) evictOne() bool {
+	var victim *scoMeta
+	var owner *Volume
+	for _, v := range e.list() {
+		if m := v.coldest(); m != nil && (victim == nil || m.lastRead < victim.lastRead) {
+			victim, owner = m, v
+		}
+	}
+	if victim == nil {
+		return false
+	}
+	owner.dropLocal(victim)
+	return true
 }
 
 // spillRate keeps the smoothed time that writing out a cluster takes.

@@ -23,6 +23,7 @@ type ioState struct {
 	waiters []*block.Request // flushes and FUA writes
 	spill   bool             // write everything out, without a sync
 
+	stopped   bool // no goroutine may be started any more
 	uploading atomic.Bool
 }
 
@@ -55,10 +56,9 @@ func (v *Volume) kickIO() {
 	v.io.mu.Lock()
 	defer v.io.mu.Unlock()
 	v.io.again = true
-	if !v.io.running {
+	if !v.io.running && !v.io.stopped {
 		v.io.running = true
-		v.background.Add(1)
-		go v.ioLoop()
+		v.background.Go(v.ioLoop)
 	}
 }
 
@@ -72,7 +72,6 @@ func (v *Volume) kickSpill() {
 
 // ioLoop flushes first, then seals, then spills a little, until nothing is left.
 func (v *Volume) ioLoop() {
-	defer v.background.Done()
 	for {
 		v.io.mu.Lock()
 		waiters := v.io.waiters
@@ -90,6 +89,12 @@ func (v *Volume) ioLoop() {
 			err := v.syncAll()
 			for _, r := range waiters {
 				v.end(r, err)
+			}
+			if v.unsealedCount() > maxUnsealed {
+				// Flushes without a pause must not keep SCOs from being sealed.
+				if _, err := v.ioStep(); err != nil {
+					v.ioFailed(err)
+				}
 			}
 			v.kickIO()
 			continue
@@ -167,6 +172,7 @@ func (v *Volume) wantSpill() bool {
 // ioFailed explains why background writing does not get on; it is tried again.
 func (v *Volume) ioFailed(err error) {
 	if errors.Is(err, syscall.ENOSPC) {
+		v.eng.evictForRoom(v.scoDir())
 		v.raise("disk-full", "the local disk under %s is full: the log can't be written out; writes pause when the write buffer is full and resume by themselves when there is room (%v)", v.dir, err)
 		return
 	}
@@ -257,6 +263,14 @@ func (v *Volume) writeChunks(l *logSCO, clusters uint32) error {
 	return nil
 }
 
+// recordScratch is the size of the buffers that records are written from.
+const recordScratch = 64 << 10
+
+var recordBuffers = sync.Pool{New: func() any {
+	b := aligned(make([]byte, recordScratch))
+	return &b
+}}
+
 // writeRecords writes the pages that hold records [spilledR, records). The first
 // page repeats records that are durable already, with the same bytes: a torn
 // write can't hurt them.
@@ -266,9 +280,15 @@ func (v *Volume) writeRecords(l *logSCO, records uint32) error {
 		slot := r / chunkRecords
 		stop := min((records+perPage-1)/perPage*perPage, (slot+1)*chunkRecords)
 		b := v.eng.pool.chunk(l.recs[slot].Load())
-		data := b[int(r%chunkRecords)*tlog.Size : int(r%chunkRecords+stop-r)*tlog.Size]
+		stop = min(stop, r+recordScratch/tlog.Size)
+		// A copy: writers go on filling the last page, and what changes under a
+		// direct write upsets checksums and mirrors below.
+		scratch := recordBuffers.Get().(*[]byte)
+		data := (*scratch)[:copy(*scratch, b[int(r%chunkRecords)*tlog.Size:int(r%chunkRecords+stop-r)*tlog.Size])]
 		l.unsynced = true
-		if _, err := l.file.WriteAt(data, l.hdr.RecordOff()+int64(r)*tlog.Size); err != nil {
+		_, err := l.file.WriteAt(data, l.hdr.RecordOff()+int64(r)*tlog.Size)
+		recordBuffers.Put(scratch)
+		if err != nil {
 			return fmt.Errorf("SCO %d: write records: %w", l.hdr.Number, err)
 		}
 		v.stats.spilled.Add(uint64(len(data)))
@@ -363,7 +383,39 @@ func (v *Volume) syncAll() error {
 		case <-v.ctx.Done():
 			return block.ErrClosed
 		}
+		// Sealing and uploading may be what gives room back.
+		if _, err := v.ioStep(); err != nil {
+			v.ioFailed(err)
+		}
 	}
+}
+
+// maxUnsealed is how many SCOs may wait to be sealed before sealing gets its
+// turn between flushes.
+const maxUnsealed = 4
+
+func (v *Volume) unsealedCount() int {
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	return len(v.unsealed)
+}
+
+// spawn starts a goroutine of the volume, unless Close waits for them already.
+func (v *Volume) spawn(fn func()) bool {
+	v.io.mu.Lock()
+	defer v.io.mu.Unlock()
+	if v.io.stopped {
+		return false
+	}
+	v.background.Go(fn)
+	return true
+}
+
+// stopSpawning keeps spawn and kickIO from starting anything.
+func (v *Volume) stopSpawning() {
+	v.io.mu.Lock()
+	v.io.stopped = true
+	v.io.mu.Unlock()
 }
 
 func (v *Volume) trySync(target *logSCO, records uint32) error {

@@ -15,9 +15,22 @@ import (
 
 // loadSCO reads a SCO from wherever it is. nil: there is nothing of it.
 func (v *Volume) loadSCO(ctx context.Context, n uint64, inv *inventory) (*replaySCO, error) {
+	s, err := v.findSCO(ctx, n, inv)
+	if s != nil {
+		inv.taken = append(inv.taken, s)
+	}
+	return s, err
+}
+
+func (v *Volume) findSCO(ctx context.Context, n uint64, inv *inventory) (*replaySCO, error) {
 	chunks := inv.chunks[n]
 	if inv.local[n] {
 		s, err := v.loadSealedLocal(n)
+		if err != nil && inv.uploaded[n] {
+			v.log.Warn().Uint64("sco", n).Err(err).Msg("local copy is damaged; using the store's")
+			v.stats.checksumErrors.Add(1)
+			s, err = v.loadFromStore(ctx, n)
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -34,11 +47,11 @@ func (v *Volume) loadSCO(ctx context.Context, n uint64, inv *inventory) (*replay
 			return s, err
 		}
 	}
+	if inv.uploaded[n] { // sealed once, whatever the local file looks like now
+		return v.loadFromStore(ctx, n)
+	}
 	if inv.local[n] {
 		return v.loadOpenFile(n)
-	}
-	if inv.uploaded[n] {
-		return v.loadFromStore(ctx, n)
 	}
 	return nil, nil
 }
@@ -116,10 +129,14 @@ func (v *Volume) loadFromPool(n uint64, chunks []foundChunk, hasFile bool) (*rep
 			}
 		}
 	}
-	for _, c := range chunks {
+	for i, c := range chunks {
 		if int(c.slot) >= len(l.slots(c.kind)) || l.slots(c.kind)[c.slot].Load() != 0 {
-			v.eng.pool.release(c.id)
-			continue
+			if file != nil {
+				file.Close()
+			}
+			v.eng.pool.abandon(l)
+			v.eng.pool.putBack(v.cfg.ID, chunks[i:])
+			return nil, fmt.Errorf("SCO %d: two chunks of the write buffer claim slot %d: %w", n, c.slot, block.ErrCorrupt)
 		}
 		v.eng.pool.adopt(c, l)
 	}
@@ -135,8 +152,16 @@ func (v *Volume) loadFromPool(n uint64, chunks []foundChunk, hasFile bool) (*rep
 	if file != nil {
 		// The dead daemon may have written without a sync.
 		l.unsynced = true
-		if err := v.attach(l, file); err != nil {
+		err := file.Allocate(0, l.hdr.OpenSize())
+		if err == nil { // it may have died before the header
+			_, err = file.WriteAt(aligned(l.hdr.Encode()), 0)
+		}
+		if err == nil {
+			err = v.attach(l, file)
+		}
+		if err != nil {
 			file.Close()
+			v.eng.pool.abandon(l)
 			return nil, err
 		}
 	}
@@ -239,13 +264,21 @@ func (v *Volume) scanOpenFile(n uint64, f vfs.File) (*replaySCO, error) {
 	}
 	s := &replaySCO{number: n, hdr: h, file: f}
 	key := tlog.Key(v.cfg.ID, n)
+	whole := true
 	for i := range h.RecordsLimit {
 		r, ok := tlog.Get(encoded[i*tlog.Size:], key, i)
 		if !ok {
-			break
+			whole = false
+			continue
 		}
-		s.records = append(s.records, r)
+		if whole {
+			s.records = append(s.records, r)
+		}
+		// Behind the end too: a valid record is genuine, and tells what was synced.
 		s.bound = max(s.bound, r.Durable)
+	}
+	if uint32(len(s.records)) < s.bound {
+		return nil, fmt.Errorf("SCO %d: record %d is damaged, %d were synced: %w", n, len(s.records), s.bound, block.ErrCorrupt)
 	}
 	if len(s.records) == 0 || s.records[0].Type != tlog.Open {
 		return nil, nil

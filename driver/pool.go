@@ -338,6 +338,37 @@ func (p *pool) takeFound(vol uuid.UUID) []foundChunk {
 	return f
 }
 
+// putBack returns found chunks that nobody adopted, for the next opening.
+func (p *pool) putBack(vol uuid.UUID, chunks []foundChunk) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.found[vol] = append(p.found[vol], chunks...)
+}
+
+// abandon takes the chunks of a SCO that is not sealed away from l and keeps
+// them as found ones: what they hold may exist nowhere else.
+func (p *pool) abandon(l *logSCO) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, kind := range []chunkKind{chunkData, chunkRecs} {
+		for slot := range l.slots(kind) {
+			id := l.slots(kind)[slot].Load()
+			if id == 0 || p.owners[id].log != l {
+				continue
+			}
+			l.slots(kind)[slot].Store(0)
+			p.gen[id].Add(1)
+			if p.owners[id].clean {
+				p.nclean--
+				p.dirty.Add(1)
+			}
+			p.owners[id] = chunkOwner{}
+			p.found[l.hdr.Volume] = append(p.found[l.hdr.Volume],
+				foundChunk{id: id, sco: l.hdr.Number, slot: uint32(slot), kind: kind})
+		}
+	}
+}
+
 // adopt makes l the owner of a found chunk.
 func (p *pool) adopt(c foundChunk, l *logSCO) {
 	p.mu.Lock()

@@ -240,6 +240,8 @@ func (v *Volume) readAt(ctx context.Context, loc lba.Location, n uint32, buf []b
 			}
 		}
 		if !l.sealed.Load() {
+			// The next chunk may not have been written yet.
+			n = min(n, chunkClusters-first%chunkClusters)
 			if k, err := l.readFile(first, n, buf); err == nil || !errors.Is(err, fs.ErrClosed) {
 				return k, err
 			}
@@ -265,6 +267,13 @@ func (l *logSCO) readFile(first, n uint32, buf []byte) (uint32, error) {
 		return 0, fs.ErrClosed // sealed meanwhile
 	}
 	f := *box
+	// What still has its chunk may not be in the file yet. A chunk that was taken
+	// away never comes back.
+	k := uint32(1)
+	for k < n && l.data[(first+k)/chunkClusters].Load() == 0 {
+		k++
+	}
+	n = k
 	p := buf[:n*block.ClusterSize]
 	if _, err := f.ReadAt(p, dataOff(first)); err != nil {
 		return 0, fmt.Errorf("SCO %d: cluster %d: %w", l.hdr.Number, first, err)

@@ -45,6 +45,21 @@ type inventory struct {
 	uploaded map[uint64]bool
 	chunks   map[uint64][]foundChunk
 	highest  uint64
+	taken    []*replaySCO
+}
+
+// giveBack leaves the pool's chunks to the next opening after one that failed:
+// what they hold may exist nowhere else.
+func (inv *inventory) giveBack(v *Volume) {
+	for _, s := range inv.taken {
+		if s.log != nil {
+			v.eng.pool.abandon(s.log)
+		}
+		s.closeFiles()
+	}
+	for _, chunks := range inv.chunks {
+		v.eng.pool.putBack(v.cfg.ID, chunks)
+	}
 }
 
 func (v *Volume) takeInventory(ctx context.Context) (*inventory, error) {
@@ -88,6 +103,14 @@ func (v *Volume) recover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := v.recoverFrom(ctx, inv); err != nil {
+		inv.giveBack(v)
+		return err
+	}
+	return nil
+}
+
+func (v *Volume) recoverFrom(ctx context.Context, inv *inventory) error {
 	if err := v.restoreCheckpoint(ctx, inv); err != nil {
 		return err
 	}
@@ -108,6 +131,10 @@ func (v *Volume) recover(ctx context.Context) error {
 		if err := v.settleReplayed(s); err != nil {
 			return err
 		}
+	}
+	// The names of files that a dead daemon made, and removals of ours.
+	if err := v.eng.cfg.FS.SyncDir(v.scoDir()); err != nil {
+		return err
 	}
 	v.cur = newLogSCO(v, inv.highest+1, last.sco, last.records)
 	if !v.install(v.cur) {
@@ -312,15 +339,15 @@ func (v *Volume) followChain(ctx context.Context, inv *inventory, pos position) 
 			chain = append(chain, s)
 			continue
 		}
-		if s != nil {
-			s.discard(v)
-			if s.meta != nil || s.bound > 0 {
-				// Only what was durable before it can be followed by something durable.
-				return nil, fmt.Errorf("SCO %d does not follow on what is left of the log before it, and flushed data would be lost without it: %w", n, block.ErrCorrupt)
+		tail := []*replaySCO{s}
+		for _, later := range numbers[i+1:] {
+			s, err := v.loadSCO(ctx, later, inv)
+			if err != nil {
+				return nil, fmt.Errorf("SCO %d: %w", later, err)
 			}
+			tail = append(tail, s)
 		}
-		v.log.Warn().Uint64("sco", n).Msg("the log ends before this SCO; what was never flushed is dropped")
-		return chain, v.dropTail(ctx, numbers[i:], inv)
+		return chain, v.dropTail(numbers[i:], tail, inv)
 	}
 	return chain, nil
 }
@@ -341,18 +368,23 @@ func (v *Volume) joins(chain []*replaySCO, pos position, s *replaySCO) bool {
 	return true
 }
 
-// dropTail removes SCOs that are not part of the log.
-func (v *Volume) dropTail(ctx context.Context, numbers []uint64, inv *inventory) error {
-	for _, n := range numbers {
+// dropTail removes SCOs that are not part of the log. It refuses if any of them
+// was ever synced: all before it was then durable too, so the break is damage.
+func (v *Volume) dropTail(numbers []uint64, tail []*replaySCO, inv *inventory) error {
+	for i, n := range numbers {
+		if s := tail[i]; inv.uploaded[n] || s != nil && (s.meta != nil || s.bound > 0) {
+			return fmt.Errorf("the log breaks before SCO %d, and SCO %d, which was synced, lies behind the break: %w", numbers[0], n, block.ErrCorrupt)
+		}
+	}
+	for i, n := range numbers {
+		v.log.Warn().Uint64("sco", n).Msg("the log ends before this SCO; what was never flushed is dropped")
+		if tail[i] != nil {
+			tail[i].discard()
+		}
 		v.releaseFound(inv.chunks[n])
 		delete(inv.chunks, n)
 		if inv.local[n] {
 			if err := v.eng.cfg.FS.Remove(v.scoPath(n)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
-		}
-		if inv.uploaded[n] {
-			if err := v.cfg.Store.Delete(ctx, v.namespace(), scoObject(n), v.cfg.Epoch); err != nil {
 				return err
 			}
 		}
@@ -361,13 +393,20 @@ func (v *Volume) dropTail(ctx context.Context, numbers []uint64, inv *inventory)
 }
 
 // discard lets go of what loadSCO took.
-func (s *replaySCO) discard(v *Volume) {
+func (s *replaySCO) discard() {
 	if s.log != nil {
 		s.log.releaseChunks()
+	}
+	s.closeFiles()
+}
+
+func (s *replaySCO) closeFiles() {
+	if s.log != nil {
 		s.log.closeFiles()
 	}
 	if s.file != nil {
 		s.file.Close()
+		s.file = nil
 	}
 }
 
@@ -381,7 +420,7 @@ func (v *Volume) replay(ctx context.Context, s *replaySCO) error {
 		if r.Type == tlog.Discard {
 			n = r.Arg
 		}
-		if r.Type != tlog.Write && r.Type != tlog.Relocate && r.Type != tlog.Discard {
+		if !r.HasData() && r.Type != tlog.Discard {
 			continue
 		}
 		if r.LBA >= v.m.Clusters() || n > v.m.Clusters()-r.LBA {
@@ -395,17 +434,27 @@ func (v *Volume) replay(ctx context.Context, s *replaySCO) error {
 		loc := lba.MakeLocation(s.number, r.Cluster&lba.MaxCluster)
 		switch r.Type {
 		case tlog.Write:
+			old, ok := v.m.Set(r.LBA, loc)
+			if !ok {
+				return lba.ErrMemory
+			}
 			v.live.at(s.number).Add(1)
-			if old, _ := v.m.Set(r.LBA, loc); old != 0 {
+			if old != 0 {
 				freed(old)
 			}
 		case tlog.Relocate:
-			if done, _ := v.m.Replace(r.LBA, lba.Location(r.Arg), loc); done {
+			done, ok := v.m.Replace(r.LBA, lba.Location(r.Arg), loc)
+			if !ok {
+				return lba.ErrMemory
+			}
+			if done {
 				v.live.at(s.number).Add(1)
 				freed(lba.Location(r.Arg))
 			}
 		case tlog.Discard:
-			v.m.Clear(r.LBA, n, freed)
+			if !v.m.Clear(r.LBA, n, freed) {
+				return lba.ErrMemory
+			}
 		}
 	}
 	v.stats.replayed.Add(uint64(s.cut))

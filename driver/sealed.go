@@ -165,7 +165,6 @@ func (v *Volume) keep(loc lba.Location, p []byte) {
 
 // upload sends sealed SCOs to the store, oldest first, until none is left.
 func (v *Volume) upload() {
-	defer v.background.Done()
 	wait := 100 * time.Millisecond
 	for {
 		m := v.nextUpload()
@@ -244,8 +243,9 @@ func (v *Volume) kickUpload() {
 	v.metaMu.Lock()
 	defer v.metaMu.Unlock()
 	if !v.closing.Load() && v.ctx.Err() == nil && v.io.uploading.CompareAndSwap(false, true) {
-		v.background.Add(1)
-		go v.upload()
+		if !v.spawn(v.upload) {
+			v.stopUpload()
+		}
 	}
 }
 

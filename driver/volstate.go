@@ -180,3 +180,38 @@ func (t *liveTable) ensure(n uint64) {
 func (t *liveTable) at(n uint64) *atomic.Int32 {
 	return &(*t.pages.Load())[n/livePageLen][n%livePageLen]
 }
+
+// waitingSet is the requests that wait for room outside the parked queue, with
+// whether they were canceled.
+type waitingSet struct {
+	mu sync.Mutex
+	m  map[*block.Request]bool
+}
+
+func (w *waitingSet) enter(r *block.Request) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.m == nil {
+		w.m = map[*block.Request]bool{}
+	}
+	w.m[r] = false
+}
+
+// leave removes r and reports whether it was canceled.
+func (w *waitingSet) leave(r *block.Request) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	canceled := w.m[r]
+	delete(w.m, r)
+	return canceled
+}
+
+func (w *waitingSet) cancel(owner any) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for r := range w.m {
+		if r.Owner == owner {
+			w.m[r] = true
+		}
+	}
+}

@@ -53,6 +53,7 @@ type Volume struct {
 	scos   map[uint64]*scoMeta // every SCO that is sealed
 
 	parked  parkedQueue
+	waiting waitingSet
 	rmw     [64]sync.Mutex // sub-cluster writes, by cluster number
 	claims  claims
 	watches watches
@@ -193,6 +194,7 @@ func (v *Volume) Cancel(owner any) {
 	for _, p := range v.parked.remove(func(p *parkedWrite) bool { return p.r.Owner == owner }) {
 		v.end(p.r, block.ErrCanceled)
 	}
+	v.waiting.cancel(owner)
 }
 
 // Resize changes the size. Growing takes effect at once and is announced to the
@@ -290,6 +292,7 @@ func (v *Volume) Close(ctx context.Context) error {
 		err = v.checkpoint(ctx, true)
 	}
 	v.cancel()
+	v.stopSpawning()
 	v.background.Wait()
 	for more := err == nil; more; {
 		// What is durable already is also sealed, so that the pool is left empty. A
@@ -319,6 +322,11 @@ func (v *Volume) letGo() {
 		}
 	}
 	for _, l := range v.unsealed {
+		if v.fenced.Load() {
+			l.releaseChunks() // the owner of a newer epoch went on without them
+		} else {
+			v.eng.pool.abandon(l)
+		}
 		l.closeFiles()
 	}
 	v.ckpt.close()

@@ -38,6 +38,9 @@ func (v *Volume) submitWrites(batch []*block.Request) {
 		if err == nil {
 			err = block.CheckRange(info, r)
 		}
+		if err == nil {
+			err = checkSegments(r)
+		}
 		if err != nil {
 			v.answer(r, err)
 			continue
@@ -196,6 +199,15 @@ func (v *Volume) roll() bool {
 	return true
 }
 
+// closeHead ends the current SCO early if it holds anything, so that its chunks
+// become free. It reports whether it did.
+func (v *Volume) closeHead() bool {
+	v.gate.Lock()
+	defer v.gate.Unlock()
+	records, _ := unpack(v.cur.head.Load())
+	return records > 0 && v.roll()
+}
+
 // install makes l reachable for readers and the I/O goroutine.
 func (v *Volume) install(l *logSCO) bool {
 	p := &v.ram[l.hdr.Number&uint64(len(v.ram)-1)]
@@ -253,6 +265,8 @@ type parkedWrite struct {
 type parkedQueue struct {
 	mu      sync.Mutex
 	list    []*parkedWrite
+	current *parkedWrite // taken by the admitter
+	dropped bool         // current was canceled meanwhile
 	running bool
 	busy    atomic.Bool // running, for those who must not take the lock
 }
@@ -281,19 +295,28 @@ func (q *parkedQueue) pop() *parkedWrite {
 	p := q.list[0]
 	q.list[0] = nil
 	q.list = q.list[1:]
+	q.current, q.dropped = p, false
 	return p
 }
 
-// unpop puts p back as the oldest.
-func (q *parkedQueue) unpop(p *parkedWrite) {
+// unpop puts p back as the oldest, unless it was canceled since it was popped.
+func (q *parkedQueue) unpop(p *parkedWrite) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	q.current = nil
+	if q.dropped {
+		return false
+	}
 	q.list = append([]*parkedWrite{p}, q.list...)
+	return true
 }
 
 func (q *parkedQueue) remove(match func(*parkedWrite) bool) (out []*parkedWrite) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	if q.current != nil && match(q.current) {
+		q.dropped = true
+	}
 	keep := q.list[:0]
 	for _, p := range q.list {
 		if match(p) {
@@ -313,15 +336,13 @@ func (v *Volume) writeLater(r *block.Request, done uint32) {
 		go v.writePartial(r)
 		return
 	}
-	if v.parked.push(&parkedWrite{r: r, done: done}) {
-		v.background.Add(1)
-		go v.admit()
+	if v.parked.push(&parkedWrite{r: r, done: done}) && !v.spawn(v.admit) {
+		panic("driver: a write came after the volume had waited for all requests")
 	}
 }
 
 // admit lets waiting writes in as room comes and as fast as the throttle allows.
 func (v *Volume) admit() {
-	defer v.background.Done()
 	debug.SetPanicOnFault(true)
 	var debt time.Duration
 	for {
@@ -336,7 +357,10 @@ func (v *Volume) admit() {
 		err := v.writeWhole(p)
 		if err == errNoRoom {
 			v.raise("write-buffer-full", "writes wait: the write buffer (%d MiB) is full and the local disk takes data more slowly than the guest writes it; give the daemon a larger write buffer or a faster disk", uint64(v.eng.pool.n)*chunkBytes>>20)
-			v.parked.unpop(p)
+			if !v.parked.unpop(p) {
+				v.end(p.r, block.ErrCanceled)
+				continue
+			}
 			v.kickIO()
 			v.eng.kickAll()
 			v.waitRoom(room)
@@ -367,6 +391,19 @@ func (v *Volume) waitRoom(room <-chan struct{}) {
 	case <-time.After(50 * time.Millisecond):
 	case <-v.ctx.Done():
 	}
+}
+
+// waitForRoom lets a request that is not parked wait for room, unless its owner
+// gives up.
+func (v *Volume) waitForRoom(r *block.Request, room <-chan struct{}) error {
+	v.waiting.enter(r)
+	v.kickIO()
+	v.eng.kickAll()
+	v.waitRoom(room)
+	if v.waiting.leave(r) {
+		return block.ErrCanceled
+	}
+	return nil
 }
 
 // writeWhole continues a write of whole clusters; it may read map pages.
@@ -408,7 +445,7 @@ func (v *Volume) writePartial(r *block.Request) {
 		stop := min(end, (cluster+1)*block.ClusterSize)
 		piece := make([]byte, stop-pos)
 		if err = src.readSafely(piece); err == nil {
-			err = v.mergeCluster(cluster, int(pos%block.ClusterSize), piece)
+			err = v.mergeCluster(r, cluster, int(pos%block.ClusterSize), piece)
 		}
 		pos = stop
 	}
@@ -419,8 +456,8 @@ func (v *Volume) writePartial(r *block.Request) {
 	v.end(r, err)
 }
 
-// mergeCluster replaces part of one cluster.
-func (v *Volume) mergeCluster(cluster uint64, off int, piece []byte) error {
+// mergeCluster replaces part of one cluster, for request r.
+func (v *Volume) mergeCluster(r *block.Request, cluster uint64, off int, piece []byte) error {
 	mu := &v.rmw[cluster%uint64(len(v.rmw))]
 	mu.Lock()
 	defer mu.Unlock()
@@ -436,6 +473,9 @@ func (v *Volume) mergeCluster(cluster uint64, off int, piece []byte) error {
 		if loc == 0 {
 			clear(buf)
 		} else if err := v.readCluster(v.ctx, loc, buf); err != nil {
+			if now, lerr := v.locate(cluster); lerr == nil && now != loc {
+				continue // it moved, and its SCO is gone
+			}
 			return err
 		}
 		copy(buf[off:], piece)
@@ -443,9 +483,9 @@ func (v *Volume) mergeCluster(cluster uint64, off int, piece []byte) error {
 		done, err := v.replaceCluster(cluster, loc, buf)
 		switch {
 		case err == errNoRoom:
-			v.kickIO()
-			v.eng.kickAll()
-			v.waitRoom(room)
+			if err := v.waitForRoom(r, room); err != nil {
+				return err
+			}
 		case err != nil || done:
 			return err
 		}

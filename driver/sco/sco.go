@@ -100,9 +100,10 @@ func DataOff(i uint32) int64 { return Page * (1 + int64(i)) }
 // RecordOff is where the records lie in an open SCO.
 func (h *Header) RecordOff() int64 { return DataOff(h.ClustersCap) }
 
-// OpenSize is the length of the file of an open SCO.
+// OpenSize is the length of the file of an open SCO. It is longer than any sealed
+// one of that capacity, so a trailer counts only after the truncation.
 func (h *Header) OpenSize() int64 {
-	return h.RecordOff() + RecordBytes(h.RecordsLimit) + CRCTableBytes(h.ClustersCap) + Page
+	return h.RecordOff() + RecordBytes(h.RecordsLimit) + CRCTableBytes(h.ClustersCap) + 2*Page
 }
 
 // RecordBytes is the room that n records take.
