@@ -240,8 +240,6 @@ func (v *Volume) readAt(ctx context.Context, loc lba.Location, n uint32, buf []b
 			}
 		}
 		if !l.sealed.Load() {
-			// The next chunk may not have been written yet.
-			n = min(n, chunkClusters-first%chunkClusters)
 			if k, err := l.readFile(first, n, buf); err == nil || !errors.Is(err, fs.ErrClosed) {
 				return k, err
 			}
