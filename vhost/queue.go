@@ -172,6 +172,7 @@ func (q *queue) take(n int) error {
 	}
 	if taken > 0 {
 		q.outstanding += taken
+		q.w.inFlight += taken
 		q.count.inFlight.Add(int64(taken))
 	}
 	q.vq.Publish()
@@ -234,6 +235,7 @@ func (q *queue) logRequest(s *slot) error {
 // before anything can fault.
 func (q *queue) ended(s *slot) {
 	q.outstanding--
+	q.w.inFlight--
 	q.count.inFlight.Add(-1)
 	if g := s.gen; g != q.gen {
 		if g.outstanding--; g.outstanding == 0 {

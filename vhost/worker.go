@@ -21,6 +21,9 @@ const (
 	// in so many passes.
 	busyPollPasses = 64
 	idlePollPasses = 32
+	// A worker that polls in vain while requests are under way elsewhere lets
+	// other threads run once in so many passes.
+	yieldPasses = 8
 	// pollBurst bounds how much unused polling budget is saved up.
 	pollBurst = int64(10 * time.Millisecond)
 
@@ -64,6 +67,7 @@ type worker struct {
 	chain    virtq.Chain
 	events   [64]unix.EpollEvent
 	passes   uint64
+	inFlight int   // requests that devices have taken over
 	lastIdle int64 // clock at the last pass in vain, if the one before was too
 	tokens   int64 // ns of polling in vain that the budget still allows
 	refilled int64
@@ -314,6 +318,10 @@ func (e *FaultError) Error() string {
 func (w *worker) idlePass() {
 	if len(w.active) == 0 {
 		return
+	}
+	if w.inFlight > 0 && w.passes%yieldPasses == 0 {
+		// Whoever carries them out may be waiting for this very CPU.
+		yieldCPU()
 	}
 	now := w.now()
 	if w.lastIdle != 0 {

@@ -16,3 +16,6 @@ func pollEpoll(epfd int, events []unix.EpollEvent) int {
 	}
 	return int(n)
 }
+
+// yieldCPU lets other threads of this CPU run, if there are any.
+func yieldCPU() { _, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
