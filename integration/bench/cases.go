@@ -48,6 +48,7 @@ func workloads() []workload {
 // Names of measurements that are not workloads of a server.
 const (
 	diskName      = "disk"           // the server of results that a bare loop on the disk gave
+	inPlaceName   = "disk-in-place"  // the same, overwriting
 	rowTailWrite  = "A-tail-write"   // half of A-write-d32's rate
 	rowTailRead   = "A-tail-read"    // half of A-read-d32's rate
 	rowFlush1     = "A-flush-d1"     // also the bare loop's
@@ -102,6 +103,7 @@ func targets() []target {
 		peer("64 KiB sequential read, depth 8, A", "A-seqread-64k-d8", "MB/s", mbps, 1.5, 2.2, false),
 		peer("4 KiB mixed 70/30, depth 32, A", "A-mixed-d32", "IOPS", iops, 0, 0, false),
 		{title: "write + flush, against append + fdatasync", workload: rowFlush1, unit: "IOPS", value: iops, against: diskName, limit: 0.9},
+		{title: "the same, against overwriting in place + fdatasync", workload: rowFlush1, unit: "IOPS", value: iops, against: inPlaceName},
 		{title: "write + flush, 8 at once, against the same", workload: "A-flush-d8", unit: "IOPS", value: iops, against: diskName, limit: 1},
 		{title: "sustained random write, against the disk", workload: rowSustained, unit: "MB/s", value: mbps, against: diskName, limit: 0.7, goal: 0.9},
 		{title: "write, half load: p99.9 / p50", workload: rowTailWrite, unit: "×", value: tail, limit: 10, atMost: true},

@@ -113,7 +113,7 @@ func (b *bench) document() document {
 		}
 	}
 	for _, name := range b.rowOrder() {
-		for _, server := range []string{scoriaName, peerName, diskName} {
+		for _, server := range []string{scoriaName, peerName, diskName, inPlaceName} {
 			if rounds := b.results[name][server]; len(rounds) > 0 {
 				doc.Workloads = append(doc.Workloads, lineOf(name, server, rounds))
 			}
