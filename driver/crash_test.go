@@ -23,6 +23,7 @@ type trap struct {
 	mu        sync.Mutex // held while the clone is made: nothing else happens meanwhile
 	countdown int
 	dead      chan death
+	sprung    chan struct{} // closed then
 }
 
 // death is what was left, and the clock just before.
@@ -33,7 +34,7 @@ type death struct {
 
 // setTrap has the file system die at the countdown-th call from now.
 func (r *rig) setTrap(countdown int, clone func(*vfs.Mem) *vfs.Mem) *trap {
-	tr := &trap{countdown: countdown, dead: make(chan death, 1)}
+	tr := &trap{countdown: countdown, dead: make(chan death, 1), sprung: make(chan struct{})}
 	fsys := r.fs
 	fsys.SetHook(func(vfs.Op, string) error {
 		tr.mu.Lock()
@@ -41,6 +42,7 @@ func (r *rig) setTrap(countdown int, clone func(*vfs.Mem) *vfs.Mem) *trap {
 		if tr.countdown--; tr.countdown == 0 {
 			at := r.clock.Add(1)
 			tr.dead <- death{clone(fsys), at}
+			close(tr.sprung)
 		}
 		return nil
 	})

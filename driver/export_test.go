@@ -20,6 +20,11 @@ func (e *Engine) Abandon() {
 			v.end(p.r, block.ErrClosed)
 		}
 	}
+	select {
+	case <-e.stop:
+		return
+	default:
+	}
 	close(e.stop)
 	e.stopped.Wait()
 	for _, v := range e.list() {

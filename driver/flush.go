@@ -321,6 +321,11 @@ func (v *Volume) ensureFile(l *logSCO) error {
 		_, err = f.WriteAt(aligned(l.hdr.Encode()), 0)
 	}
 	if err == nil {
+		// The length must be durable before there can be a footer: a file that is
+		// shorter counts as sealed.
+		err = f.Sync()
+	}
+	if err == nil {
 		err = v.eng.cfg.FS.SyncDir(v.scoDir())
 	}
 	if err == nil {
@@ -491,7 +496,9 @@ func (v *Volume) seal(l *logSCO) error {
 	records, clusters := unpack(l.head.Load())
 	if records == 0 {
 		// Nothing was ever logged here (a clean stop): forget it.
+		v.metaMu.Lock()
 		v.unlist(l)
+		v.metaMu.Unlock()
 		return nil
 	}
 	if err := v.ensureFile(l); err != nil {
@@ -514,10 +521,10 @@ func (v *Volume) seal(l *logSCO) error {
 	}
 	l.durable.Store(records)
 	v.stats.spilled.Add(uint64(m.size - m.crcOff + sco.RecordBytes(records)))
-	v.metaMu.Lock()
+	v.metaMu.Lock() // a checkpoint sees it here or there, not twice
 	v.scos[m.number] = m
-	v.metaMu.Unlock()
 	v.unlist(l)
+	v.metaMu.Unlock()
 	for slot := range l.recs {
 		v.eng.pool.releaseOf(l, chunkRecs, uint32(slot))
 	}
@@ -526,6 +533,9 @@ func (v *Volume) seal(l *logSCO) error {
 	}
 	l.sealed.Store(true)
 	v.eng.files.put(fileKey{v.tag, m.number}, *l.reader.Swap(nil))
+	for i := range l.crcs {
+		l.crcs[i].Store(nil) // the file has them now
+	}
 	if err := l.file.Close(); err != nil {
 		v.log.Warn().Uint64("sco", m.number).Err(err).Msg("close after sealing")
 	}
@@ -534,10 +544,8 @@ func (v *Volume) seal(l *logSCO) error {
 	return nil
 }
 
-// unlist takes l from the SCOs that are not sealed.
+// unlist takes l from the SCOs that are not sealed. Caller holds metaMu.
 func (v *Volume) unlist(l *logSCO) {
-	v.metaMu.Lock()
-	defer v.metaMu.Unlock()
 	for i, o := range v.unsealed {
 		if o == l {
 			v.unsealed = append(v.unsealed[:i:i], v.unsealed[i+1:]...)

@@ -122,11 +122,14 @@ func (v *Volume) loadFromPool(n uint64, chunks []foundChunk, hasFile bool) (*rep
 			return nil, err
 		}
 		head := aligned(make([]byte, sco.Page))
-		if _, err := file.ReadAt(head, 0); err == nil {
-			if h, err := sco.DecodeHeader(head); err == nil && h.Volume == v.cfg.ID && h.Number == n {
-				l.hdr = h
-				l.makeSlots()
-			}
+		_, err = file.ReadAt(head, 0)
+		h, herr := sco.DecodeHeader(head)
+		if err == nil && herr == nil && h.Volume == v.cfg.ID && h.Number == n {
+			l.hdr = h
+			l.makeSlots()
+		} else { // it died before the header, so nothing else is there either
+			file.Close()
+			file = nil
 		}
 	}
 	for i, c := range chunks {
@@ -152,10 +155,7 @@ func (v *Volume) loadFromPool(n uint64, chunks []foundChunk, hasFile bool) (*rep
 	if file != nil {
 		// The dead daemon may have written without a sync.
 		l.unsynced = true
-		err := file.Allocate(0, l.hdr.OpenSize())
-		if err == nil { // it may have died before the header
-			_, err = file.WriteAt(aligned(l.hdr.Encode()), 0)
-		}
+		err := file.Sync() // as in ensureFile
 		if err == nil {
 			err = v.attach(l, file)
 		}

@@ -1,0 +1,147 @@
+package driver_test
+
+import (
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"scoria/alba/vfs"
+)
+
+// TestP3KillAtEveryCall kills the daemon at each call to the disk, one after the
+// other, of a short life and of the recovery from it. A flush afterwards means
+// what it says although the dead daemon left files half made.
+func TestP3KillAtEveryCall(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
+	life := func(r *rig) error {
+		for i := range uint64(6) {
+			if err := r.write(i*20, 20, 0); err != nil {
+				return err
+			}
+			if i%2 == 1 {
+				if err := r.flush(); err != nil {
+					return err
+				}
+			}
+		}
+		r.vol.SpillNow()
+		if err := ignoreFull(r.vol.Checkpoint(t.Context())); err != nil {
+			return err
+		}
+		if err := r.write(0, 40, 0); err != nil {
+			return err
+		}
+		r.vol.WaitSealed()
+		if _, err := r.vol.Publish(t.Context()); err != nil {
+			return err
+		}
+		return r.write(10, 5, 0)
+	}
+	for call := 1; ; call += raced(1, 7) {
+		rng := rand.New(rand.NewPCG(uint64(call), 9))
+		r := newRig(t, rng, 256, 4).create()
+		tr := r.setTrap(call, r.killClone)
+		ended := make(chan error, 1)
+		go func() { ended <- life(r) }()
+		var err error
+		select {
+		case err = <-ended:
+		case <-tr.sprung:
+			r.eng.Abandon()
+			wait(t, "the end of a life", ended)
+		}
+		d, died := tr.disarm()
+		if !died {
+			r.must(err)
+			r.close()
+			if call < 40 {
+				t.Fatalf("only %d calls were tried", call)
+			}
+			return
+		}
+		r.eng.Abandon()
+		r.fs = d.clone
+		if rng.IntN(2) == 0 && !r.dieWhileOpening() {
+			r.verify("P3", func(e *effect) bool { return e.end < d.at })
+		} else {
+			r.reopen()
+			r.verify("P3", func(e *effect) bool { return e.end < d.at })
+		}
+		r.must(r.write(100, 3, 0))
+		r.must(r.flush())
+		cut := r.clock.Add(1)
+		r.must(r.write(50, 60, 0))
+		r.crash().reopen()
+		r.verify("P1 after a kill", func(e *effect) bool { return e.end < cut })
+		r.check()
+		r.close()
+	}
+}
+
+// TestP2PowerLossWhileSealing: a SCO that was never synced and loses power in
+// the middle of being sealed is a torn tail, whatever pieces of its footer and
+// of its size are there. Every moment is tried with many outcomes.
+func TestP2PowerLossWhileSealing(t *testing.T) {
+	type moment struct{ clones []*vfs.Mem }
+	seed := rand.Uint64()
+	t.Logf("SCORIA_SEED=%d", seed)
+	for _, name := range []string{"full", "early", "many records"} {
+		t.Run(name, func(t *testing.T) {
+			rng := rand.New(rand.NewPCG(seed, 1))
+			r := newRig(t, rng, 1024, 8).create()
+			if name == "many records" { // a SCO full of clusters and of records
+				for i := range uint64(4) {
+					r.must(r.write(i*200, 200, 0))
+				}
+				r.must(r.flush())
+				r.must(r.vol.Checkpoint(t.Context()))
+				r.vol.WaitSealed()
+			}
+			cut := r.clock.Add(1)
+			var moments []moment
+			fsys := r.fs
+			fsys.SetHook(func(op vfs.Op, file string) error {
+				if !strings.HasSuffix(file, ".sco") || op == vfs.OpRead || len(moments) > 40 {
+					return nil
+				}
+				var m moment
+				for range raced(12, 3) {
+					m.clones = append(m.clones, fsys.CrashClone(rng))
+				}
+				moments = append(moments, m)
+				return nil
+			})
+			switch name {
+			case "full":
+				r.must(r.write(0, 250, 0))
+				r.must(r.write(300, 40, 0))
+			case "early":
+				r.must(r.write(0, 90, 0))
+				r.must(r.vol.Checkpoint(t.Context()))
+			case "many records":
+				for i := range uint64(700) {
+					r.must(r.discard(i, 1))
+				}
+				r.must(r.write(0, 250, 0))
+				r.must(r.vol.Checkpoint(t.Context()))
+			}
+			r.vol.WaitSealed()
+			fsys.SetHook(nil)
+			r.close()
+			history := r.history
+			for _, m := range moments {
+				for _, clone := range m.clones {
+					r.history = append([][]*effect(nil), history...)
+					r.fs = clone
+					r.boot++
+					r.reopen()
+					r.verify("P2", func(e *effect) bool { return e.end < cut })
+					r.check()
+					r.close()
+				}
+			}
+		})
+	}
+}
