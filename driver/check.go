@@ -64,10 +64,26 @@ type readerAt interface {
 // Check verifies, while the volume is in use, that every SCO has its footer and
 // every cluster its checksum, that the map and the SCOs' records agree, and that
 // the space accounting is right. progress is called with bytes.
+//
+// It keeps SCOs from being deleted meanwhile, and ends early with ErrClosed when
+// the volume is closed. From any goroutine.
 func (v *Volume) Check(ctx context.Context, progress func(done, total int64)) (CheckReport, error) {
+	var rep CheckReport
+	ctx, leave, err := v.enter(ctx)
+	if err != nil {
+		return rep, err
+	}
+	defer leave()
 	v.checkMu.RLock()
 	defer v.checkMu.RUnlock()
-	var rep CheckReport
+	err = v.checkAll(ctx, &rep, progress)
+	if err != nil && v.closing.Load() {
+		err = fmt.Errorf("check: %w", block.ErrClosed)
+	}
+	return rep, err
+}
+
+func (v *Volume) checkAll(ctx context.Context, rep *CheckReport, progress func(done, total int64)) error {
 	v.metaMu.Lock()
 	var metas []*scoMeta
 	var total int64
@@ -79,17 +95,17 @@ func (v *Volume) Check(ctx context.Context, progress func(done, total int64)) (C
 	slices.SortFunc(metas, func(a, b *scoMeta) int { return int(int64(a.number) - int64(b.number)) })
 	var done int64
 	for _, m := range metas {
-		if err := v.checkSealed(ctx, m, &rep); err != nil {
-			return rep, err
+		if err := v.checkSealed(ctx, m, rep); err != nil {
+			return err
 		}
 		done += m.size
 		if progress != nil {
 			progress(done, total)
 		}
 	}
-	v.checkHead(ctx, &rep)
-	v.checkRoot(&rep)
-	return rep, ctx.Err()
+	v.checkHead(ctx, rep)
+	v.checkRoot(rep)
+	return ctx.Err()
 }
 
 func (v *Volume) checkSealed(ctx context.Context, m *scoMeta, rep *CheckReport) error {
@@ -148,7 +164,7 @@ func (v *Volume) checkLive(ctx context.Context, number uint64, records []tlog.Re
 				rep.problem("SCO %d: record %d names cluster %d behind the end of the volume", number, i, r.LBA)
 				return nil
 			}
-			if _, err := v.locate(r.LBA); err != nil {
+			if _, err := v.locateIn(ctx, r.LBA); err != nil {
 				rep.problem("map page of cluster %d: %v", r.LBA, err)
 				return ctx.Err()
 			}
@@ -181,17 +197,13 @@ func (v *Volume) checkHead(ctx context.Context, rep *CheckReport) {
 	buf := make([]byte, block.ClusterSize)
 	for _, l := range list {
 		records, _ := unpack(l.head.Load())
-		for i := uint32(0); i < records && !l.sealed.Load(); i++ {
-			slot := l.recs[i/chunkRecords].Load()
-			if slot == 0 {
-				break // sealed meanwhile
-			}
-			r, ok := tlog.Get(l.record(i), l.key, i)
+		for i := uint32(0); i < records && !l.sealed.Load() && ctx.Err() == nil; i++ {
+			r, ok := l.peek(i)
 			if !ok || !r.HasData() {
 				continue
 			}
 			loc := lba.MakeLocation(l.hdr.Number, r.Cluster)
-			now, err := v.locate(r.LBA)
+			now, err := v.locateIn(ctx, r.LBA)
 			if err != nil {
 				rep.problem("map page of cluster %d: %v", r.LBA, err)
 				return
@@ -202,7 +214,7 @@ func (v *Volume) checkHead(ctx context.Context, rep *CheckReport) {
 			if err := v.readCluster(ctx, loc, buf); err != nil {
 				rep.problem("SCO %d: cluster %d: %v", l.hdr.Number, r.Cluster, err)
 			} else if tlog.CRC(buf) != r.DataCRC {
-				if again, _ := v.locate(r.LBA); again == loc && !l.sealed.Load() {
+				if again, _ := v.locateIn(ctx, r.LBA); again == loc && !l.sealed.Load() {
 					rep.problem("SCO %d: cluster %d fails its checksum in the write buffer", l.hdr.Number, r.Cluster)
 				}
 			}
@@ -225,6 +237,36 @@ func (v *Volume) checkHead(ctx context.Context, rep *CheckReport) {
 		rep.problem("the map has %d clusters, the SCOs account for %d", mapped, sum)
 	}
 }
+
+// peek reads a record of a SCO that may be sealed at any moment, which gives the
+// chunk to somebody else: the checksum, which is of this SCO and this index,
+// tells.
+func (l *logSCO) peek(i uint32) (r tlog.Record, ok bool) {
+	id := l.recs[i/chunkRecords].Load()
+	if id == 0 {
+		return r, false
+	}
+	off := int(i%chunkRecords) * tlog.Size
+	return tlog.Get(l.vol.eng.pool.chunk(id)[off:off+tlog.Size], l.key, i)
+}
+
+// locateIn is locate for work that ends with ctx.
+func (v *Volume) locateIn(ctx context.Context, cluster uint64) (lba.Location, error) {
+	for try := 0; ; try++ {
+		if loc, ok := v.m.Get(cluster); ok {
+			return loc, nil
+		}
+		if try > 0 {
+			return 0, fmt.Errorf("map page of cluster %d: %w", cluster, errNotLoaded)
+		}
+		if err := v.m.Load(ctx, v.ckpt, cluster, 1); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// errNotLoaded is a broken promise of the map, reported instead of trying for ever.
+var errNotLoaded = errors.New("it was loaded and is not there")
 
 func (v *Volume) checkRoot(rep *CheckReport) {
 	c := v.ckpt

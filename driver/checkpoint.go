@@ -12,6 +12,7 @@ import (
 	"sync"
 
 	"scoria/alba/vfs"
+	"scoria/driver/block"
 	"scoria/driver/lba"
 )
 
@@ -34,12 +35,22 @@ type checkpoints struct {
 	v      *Volume
 	reader *lba.ObjectReader
 
+	// work is for what is done with the store in the background; it ends when the
+	// volume begins to close.
+	work context.Context
+	stop context.CancelFunc
+
 	mu       sync.Mutex // one checkpoint or publication at a time; before gate
 	sequence uint64
-	object   uint32 // last page object number
+	object   uint32 // last page object number, never used again even if it failed
 	pos      position
-	pending  *publication // root that is not in the store yet
 	inStore  map[uint32]bool
+	// pending is the root that goes to the store next, newest the latest one if
+	// that is another: a pending root is never replaced, or a log that grows faster
+	// than it is uploaded would never get a root into the store.
+	pending *publication
+	newest  *publication
+	doomed  []uint64 // SCOs that no published root needs, to be deleted
 }
 
 // publication is what still has to be done to get a local root into the store.
@@ -63,6 +74,7 @@ func (v *Volume) mapPath(n string) string { return v.mapDir() + "/" + n }
 
 func newCheckpoints(v *Volume) *checkpoints {
 	c := &checkpoints{v: v, inStore: map[uint32]bool{}}
+	c.work, c.stop = context.WithCancel(v.ctx)
 	c.reader = lba.NewObjectReader(v.cfg.ID, c.openPages)
 	return c
 }
@@ -72,7 +84,14 @@ func (c *checkpoints) ReadPage(ctx context.Context, addr lba.PageAddr, page []by
 	return c.reader.ReadPage(ctx, addr, page)
 }
 
-func (c *checkpoints) close() {}
+func (c *checkpoints) close() { c.stop() }
+
+// idle reports whether no root waits for its publication.
+func (c *checkpoints) idle() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.pending == nil
+}
 
 // localFile reads a file that is opened for each access: map pages are read
 // once and then stay in RAM.
@@ -144,7 +163,8 @@ func (v *Volume) checkpoint(ctx context.Context, final bool) error {
 	}
 	ck := v.m.BeginCheckpoint()
 	table, dead := v.snapshotSCOs()
-	clusters := v.cfg.Size / 4096
+	clusters := v.cfg.Size / block.ClusterSize
+	since := v.logSince.Load()
 	v.gate.Unlock()
 
 	if err := c.write(ctx, ck, pos, table, clusters); err != nil {
@@ -152,22 +172,71 @@ func (v *Volume) checkpoint(ctx context.Context, final bool) error {
 		return fmt.Errorf("checkpoint: %w", err)
 	}
 	c.pos = pos
-	c.pending = &publication{sequence: c.sequence, pos: pos, objects: v.m.Objects(), dead: dead}
-	v.logSince.Store(0)
+	p := &publication{sequence: c.sequence, pos: pos, objects: v.m.Objects(), dead: dead}
+	if c.pending == nil {
+		c.pending = p
+	} else {
+		c.newest = p
+	}
+	v.logSince.Add(-since)
 	v.stats.checkpointed.Add(1)
 	c.removeStale()
 	return nil
 }
 
 // write makes the checkpoint durable on the local disk. Caller holds mu.
-func (c *checkpoints) write(ctx context.Context, ck *lba.Checkpoint, pos position, table []byte, clusters uint64) error {
+//
+// Page objects of an attempt that fails before its root can exist are removed:
+// a full disk would otherwise lose its reserve to one attempt after the other.
+func (c *checkpoints) write(ctx context.Context, ck *lba.Checkpoint, pos position, table []byte, clusters uint64) (err error) {
+	v := c.v
+	first := c.object + 1
+	tried := false // to give the root its name
+	defer func() {
+		if err != nil && !tried {
+			c.removeObjects(first, c.object)
+		}
+	}()
+	if err := c.writePages(ctx, ck); err != nil {
+		return err
+	}
+	if err := v.syncAll(); err != nil {
+		return err
+	}
+	root := lba.Root{
+		Volume: v.cfg.ID, Sequence: c.sequence + 1, LogSCO: pos.sco, LogRecord: uint64(pos.records),
+		Clusters: clusters, Mapped: ck.Mapped(), Blob: table, Directory: ck.Directory(),
+	}
+	var buf bytes.Buffer
+	if err := root.Encode(&buf); err != nil {
+		return err
+	}
+	name := rootName(root.Sequence)
+	if err := v.stageMapFile(name, bytes.NewReader(buf.Bytes()), int64(buf.Len())); err != nil {
+		return err
+	}
+	tried = true
+	if err := v.nameMapFile(name); err != nil {
+		return err
+	}
+	c.sequence++
+	ck.Commit()
+	return nil
+}
+
+// writePages writes the pages that have changed to new page objects.
+func (c *checkpoints) writePages(ctx context.Context, ck *lba.Checkpoint) error {
 	v := c.v
 	b := lba.NewPageObjectBuilder(v.cfg.ID)
 	flush := func() error {
 		if b.Len() == 0 {
 			return nil
 		}
-		return v.writeMapFile(pagesName(c.object), b, b.Size())
+		name := pagesName(c.object)
+		if err := v.stageMapFile(name, b, b.Size()); err != nil {
+			return err
+		}
+		return v.nameMapFile(name)
 	}
 	c.object++
 	b.Reset(c.object)
@@ -184,38 +253,29 @@ func (c *checkpoints) write(ctx context.Context, ck *lba.Checkpoint, pos positio
 		}
 		return b.Add(leaf, page)
 	})
-	if err == nil {
-		err = flush()
-	}
-	if err == nil {
-		err = v.syncAll()
-	}
 	if err != nil {
 		return err
 	}
-	root := lba.Root{
-		Volume: v.cfg.ID, Sequence: c.sequence + 1, LogSCO: pos.sco, LogRecord: uint64(pos.records),
-		Clusters: clusters, Mapped: ck.Mapped(), Blob: table, Directory: ck.Directory(),
-	}
-	var buf bytes.Buffer
-	if err := root.Encode(&buf); err != nil {
-		return err
-	}
-	if err := v.writeMapFile(rootName(root.Sequence), bytes.NewReader(buf.Bytes()), int64(buf.Len())); err != nil {
-		return err
-	}
-	c.sequence++
-	ck.Commit()
-	return nil
+	return flush()
 }
 
-// writeMapFile writes a file of the map directory whole or not at all.
-func (v *Volume) writeMapFile(name string, r io.ReaderAt, size int64) error {
+// removeObjects removes local page objects that no root can refer to.
+func (c *checkpoints) removeObjects(first, last uint32) {
+	for o := first; o <= last; o++ {
+		if err := c.v.eng.cfg.FS.Remove(c.v.mapPath(pagesName(o))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			c.v.log.Warn().Err(err).Uint32("object", o).Msg("page object of a failed checkpoint can't be removed")
+		}
+	}
+}
+
+// stageMapFile makes the contents of a map file durable under a temporary name,
+// which nameMapFile changes. It leaves nothing behind if it fails.
+func (v *Volume) stageMapFile(name string, r io.ReaderAt, size int64) error {
 	fsys := v.eng.cfg.FS
 	tmp := v.mapPath(name) + ".tmp"
 	f, err := fsys.Open(tmp, vfs.Create)
 	if err != nil {
-		return err
+		return fmt.Errorf("%s: %w", name, err)
 	}
 	err = f.Truncate(0)
 	buf := make([]byte, 1<<20)
@@ -232,11 +292,27 @@ func (v *Volume) writeMapFile(name string, r io.ReaderAt, size int64) error {
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}
-	if err == nil {
-		err = fsys.Rename(tmp, v.mapPath(name))
+	if err != nil {
+		v.removeStaged(name)
+		return fmt.Errorf("%s: %w", name, err)
 	}
-	if err == nil {
-		err = fsys.SyncDir(v.mapDir())
+	return nil
+}
+
+func (v *Volume) removeStaged(name string) {
+	if err := v.eng.cfg.FS.Remove(v.mapPath(name) + ".tmp"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		v.log.Warn().Err(err).Str("file", name).Msg("temporary checkpoint file can't be removed")
+	}
+}
+
+// nameMapFile gives a staged file its name, durably. After an error the file may
+// be under either name.
+func (v *Volume) nameMapFile(name string) error {
+	err := v.eng.cfg.FS.Rename(v.mapPath(name)+".tmp", v.mapPath(name))
+	if err != nil {
+		v.removeStaged(name)
+	} else {
+		err = v.eng.cfg.FS.SyncDir(v.mapDir())
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
@@ -244,8 +320,8 @@ func (v *Volume) writeMapFile(name string, r io.ReaderAt, size int64) error {
 	return nil
 }
 
-// removeStale removes local roots but the newest, and page objects that neither
-// it nor the coming publication needs. Caller holds mu.
+// removeStale removes local roots but the newest and those that are to be
+// published, and page objects that none of them needs. Caller holds mu.
 func (c *checkpoints) removeStale() {
 	v := c.v
 	names, err := v.eng.cfg.FS.List(v.mapDir())
@@ -256,6 +332,15 @@ func (c *checkpoints) removeStale() {
 	keep := map[string]bool{rootName(c.sequence): true}
 	for _, o := range v.m.Objects() {
 		keep[pagesName(o)] = true
+	}
+	for _, p := range []*publication{c.pending, c.newest} {
+		if p == nil {
+			continue
+		}
+		keep[rootName(p.sequence)] = true
+		for _, o := range p.objects {
+			keep[pagesName(o)] = true
+		}
 	}
 	for _, n := range names {
 		if keep[n] || !(strings.HasPrefix(n, rootPrefix) || strings.HasPrefix(n, pagesPrefix)) {
@@ -269,107 +354,6 @@ func (c *checkpoints) removeStale() {
 			v.log.Warn().Err(err).Str("file", n).Msg("old checkpoint file can't be removed")
 		}
 	}
-}
-
-// publish puts the pending root into the store when all SCOs that it builds on
-// are there, and then gives the space of dead SCOs back. It reports whether it
-// did.
-func (v *Volume) publish(ctx context.Context) (bool, error) {
-	p, err := v.ckpt.publishRoot(ctx)
-	if p == nil || err != nil {
-		return false, err
-	}
-	for _, n := range p.dead {
-		if err := v.deleteSCO(ctx, n); err != nil {
-			return true, err
-		}
-	}
-	return true, nil
-}
-
-// publishRoot returns what it has published, nil if it is not time yet.
-func (c *checkpoints) publishRoot(ctx context.Context) (*publication, error) {
-	v := c.v
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	p := c.pending
-	if p == nil || !v.uploadedUpTo(p.pos.sco, p.dead) {
-		return nil, nil
-	}
-	ns := v.namespace()
-	put := func(name string) error {
-		path := v.mapPath(name)
-		info, err := v.eng.cfg.FS.Stat(path)
-		if err != nil {
-			return err
-		}
-		return v.cfg.Store.Put(ctx, ns, name, v.cfg.Epoch,
-			Object{Data: localFile{v.eng.cfg.FS, path}, Size: info.Size(), LocalPath: path})
-	}
-	for _, o := range p.objects {
-		if c.inStore[o] {
-			continue
-		}
-		if err := put(pagesName(o)); err != nil {
-			return nil, fmt.Errorf("publish checkpoint: %w", err)
-		}
-		c.inStore[o] = true
-	}
-	if err := put(rootName(p.sequence)); err != nil {
-		return nil, fmt.Errorf("publish checkpoint: %w", err)
-	}
-	c.pending = nil
-	return p, c.removeStaleInStore(ctx, p)
-}
-
-// removeStaleInStore removes what the newest published root does not need.
-func (c *checkpoints) removeStaleInStore(ctx context.Context, p *publication) error {
-	v := c.v
-	keep := map[string]bool{rootName(p.sequence): true}
-	for _, o := range p.objects {
-		keep[pagesName(o)] = true
-	}
-	for _, prefix := range []string{rootPrefix, pagesPrefix} {
-		names, err := v.cfg.Store.List(ctx, v.namespace(), prefix)
-		if err != nil {
-			return err
-		}
-		for _, n := range names {
-			if keep[n] {
-				continue
-			}
-			if err := v.cfg.Store.Delete(ctx, v.namespace(), n, v.cfg.Epoch); err != nil {
-				return err
-			}
-			var object uint32
-			if _, err := fmt.Sscanf(n, pagesPrefix+"%08x", &object); err == nil {
-				delete(c.inStore, object)
-			}
-		}
-	}
-	return nil
-}
-
-// uploadedUpTo reports whether every SCO up to n, but the dead ones, is in the
-// store.
-func (v *Volume) uploadedUpTo(n uint64, dead []uint64) bool {
-	isDead := map[uint64]bool{}
-	for _, d := range dead {
-		isDead[d] = true
-	}
-	v.metaMu.Lock()
-	defer v.metaMu.Unlock()
-	for _, l := range v.unsealed {
-		if r, _ := unpack(l.head.Load()); l.hdr.Number <= n && r > 0 {
-			return false
-		}
-	}
-	for _, m := range v.scos {
-		if m.number <= n && !m.uploaded && !isDead[m.number] {
-			return false
-		}
-	}
-	return true
 }
 
 // The SCO table is the driver's part of a root: version u32, count u32, then

@@ -44,10 +44,10 @@
 //
 // # Lock order
 //
-//	checkMu → checkpoints.mu → ioMu → gate → extendMu → metaMu → pool.mu
+//	house → checkMu → checkpoints.mu → ioMu → gate → extendMu → metaMu → pool.mu
 //	                    rmw → gate → io.mu
 //
-// fileCache.mu, crcCache.mu, liveTable.mu, parked.mu, conds.mu, claims.mu are
+// fileCache.mu, crcCache.mu, liveTable.mu, parked.mu, conds.mu, claims.mu, users.mu are
 // leaves. Nothing waits for a disk, a store or the pool while it holds gate.
 //
 // # Goroutines
@@ -58,6 +58,10 @@
 // one per request that waits. An idle volume has none.
 //
 // # Failure
+//
+// Close first ends what works with the store, then housekeep, then waits for
+// whoever is inside without a request (users) and for requests, and only then
+// writes the last checkpoint: nothing else writes to the log by then.
 //
 // A full disk pauses (P8). A failed sync is final for the volume: flushes and
 // writes fail until the daemon is restarted, because nobody can say what the

@@ -24,7 +24,8 @@ type scoMeta struct {
 	size     int64
 	local    bool // a local copy exists
 	uploaded bool // it is in the store
-	dropping bool // nothing refers to it any more; it is about to go
+	doomed   bool // a root without it is in the store: it has only to be deleted
+	dropping bool // its deletion has begun
 	lastRead int64
 }
 

@@ -278,7 +278,11 @@ func (l *logSCO) readFile(first, n uint32, buf []byte) (uint32, error) {
 	}
 	for i := uint32(0); i < n; i++ {
 		slot, _ := l.cluster(first + i)
-		want := l.crcs[slot].Load()[(first+i)%chunkClusters].Load()
+		crcs := l.crcs[slot].Load()
+		if crcs == nil {
+			return 0, fs.ErrClosed // sealed meanwhile
+		}
+		want := crcs[(first+i)%chunkClusters].Load()
 		if tlog.CRC(p[i*block.ClusterSize:(i+1)*block.ClusterSize]) != want {
 			v.corrupt(l.hdr.Number, first+i)
 			return 0, fmt.Errorf("SCO %d: cluster %d: %w", l.hdr.Number, first+i, block.ErrCorrupt)

@@ -1,6 +1,10 @@
 package driver
 
-import "scoria/driver/block"
+import (
+	"time"
+
+	"scoria/driver/block"
+)
 
 // Stats returns the volume's counters. Safe from any goroutine.
 func (v *Volume) Stats() Stats {
@@ -43,6 +47,6 @@ func (v *Volume) Stats() Stats {
 		_, c := unpack(l.head.Load())
 		s.LogHeadBytes += uint64(c) * block.ClusterSize
 	}
-	s.Conditions = v.conds.list()
+	s.Conditions = v.conds.list(time.Now())
 	return s
 }

@@ -1,10 +1,12 @@
 package driver
 
 import (
+	"context"
 	"fmt"
 	"sort"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"scoria/driver/block"
 )
@@ -75,53 +77,157 @@ func (w *watches) notify(info block.Info) {
 	}
 }
 
-// conditions are what slows, pauses or degrades a volume now.
-type conditions struct {
-	mu sync.Mutex
-	m  map[string]string
+// users are those who use a volume other than through requests. Close waits for
+// them before it unmaps what they may look at.
+type users struct {
+	mu     sync.Mutex
+	n      int
+	closed bool
+	none   chan struct{} // closed when closed and n is 0
 }
 
-// set raises or updates a condition and reports whether it is new.
-func (c *conditions) set(code, format string, args ...any) bool {
+func (u *users) add() bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.closed {
+		return false
+	}
+	u.n++
+	return true
+}
+
+func (u *users) done() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.n--; u.n == 0 && u.closed {
+		close(u.none)
+	}
+}
+
+// shut lets nobody in any more and waits until the last one has left.
+func (u *users) shut() {
+	u.mu.Lock()
+	u.closed, u.none = true, make(chan struct{})
+	if u.n == 0 {
+		close(u.none)
+	}
+	u.mu.Unlock()
+	<-u.none
+}
+
+// enter makes the caller a user until leave. The context it returns also ends
+// when the volume begins to close.
+func (v *Volume) enter(ctx context.Context) (_ context.Context, leave func(), err error) {
+	if !v.users.add() {
+		return nil, nil, fmt.Errorf("volume %s: %w", v.cfg.Name, block.ErrClosed)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	unhook := context.AfterFunc(v.ckpt.work, cancel)
+	return ctx, func() {
+		unhook()
+		cancel()
+		v.users.done()
+	}, nil
+}
+
+// A condition may come and go a thousand times a second. It is listed until it
+// has not held for conditionLinger, and that it began and ended is logged at most
+// once per conditionQuiet.
+const (
+	conditionLinger = 5 * time.Second
+	conditionQuiet  = 30 * time.Second
+)
+
+// condition is a Condition with its recent past.
+type condition struct {
+	message string
+	holds   bool
+	last    time.Time // when it held last, if it does not
+	logged  bool      // its beginning was
+}
+
+// conditions are what slows, pauses or degrades a volume now or did just before.
+type conditions struct {
+	mu     sync.Mutex
+	m      map[string]*condition
+	logged map[string]time.Time // by code, when a beginning was logged last
+}
+
+// set raises or updates a condition and reports whether to log that it began.
+func (c *conditions) set(now time.Time, code, message string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.m == nil {
-		c.m = map[string]string{}
+		c.m, c.logged = map[string]*condition{}, map[string]time.Time{}
 	}
-	_, had := c.m[code]
-	c.m[code] = fmt.Sprintf(format, args...)
-	return !had
+	e := c.m[code]
+	if e == nil {
+		e = &condition{}
+		c.m[code] = e
+	}
+	e.message, e.holds = message, true
+	if last, ok := c.logged[code]; e.logged || (ok && now.Sub(last) < conditionQuiet) {
+		return false
+	}
+	e.logged = true
+	c.logged[code] = now
+	return true
 }
 
-// unset ends a condition and reports whether it was there.
-func (c *conditions) unset(code string) bool {
+// unset says that a condition does not hold now.
+func (c *conditions) unset(code string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	_, had := c.m[code]
-	delete(c.m, code)
-	return had
+	if e := c.m[code]; e != nil && e.holds {
+		e.holds, e.last = false, time.Now()
+	}
 }
 
-func (c *conditions) list() []Condition {
+// sweep forgets conditions that have ended and returns those whose end should be
+// logged.
+func (c *conditions) sweep(now time.Time) (ended []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for code, e := range c.m {
+		if e.listed(now) {
+			continue
+		}
+		if e.logged {
+			ended = append(ended, code)
+		}
+		delete(c.m, code)
+	}
+	return ended
+}
+
+func (e *condition) listed(now time.Time) bool { return e.holds || now.Sub(e.last) < conditionLinger }
+
+func (c *conditions) list(now time.Time) []Condition {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	out := make([]Condition, 0, len(c.m))
-	for code, msg := range c.m {
-		out = append(out, Condition{Code: code, Message: msg})
+	for code, e := range c.m {
+		if e.listed(now) {
+			out = append(out, Condition{Code: code, Message: e.message})
+		}
 	}
 	sort.Slice(out, func(i, j int) bool { return out[i].Code < out[j].Code })
 	return out
 }
 
-// raise and settle log a condition's beginning and end once.
+// raise says that a condition holds, from any goroutine.
 func (v *Volume) raise(code, format string, args ...any) {
-	if v.conds.set(code, format, args...) {
-		v.log.Warn().Str("condition", code).Msgf(format, args...)
+	message := fmt.Sprintf(format, args...)
+	if v.conds.set(time.Now(), code, message) {
+		v.log.Warn().Str("condition", code).Msg(message)
 	}
 }
 
-func (v *Volume) settle(code string) {
-	if v.conds.unset(code) {
+// settle says that it does not hold any more; tick tells the log.
+func (v *Volume) settle(code string) { v.conds.unset(code) }
+
+func (v *Volume) logEnded(now time.Time) {
+	for _, code := range v.conds.sweep(now) {
 		v.log.Info().Str("condition", code).Msg("condition has ended")
 	}
 }

@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime/debug"
 	"sync"
@@ -61,6 +62,7 @@ type Volume struct {
 	stats   counters
 	seq     seqReader
 
+	users      users          // who is inside without a request
 	background sync.WaitGroup // goroutines of this volume
 	pending    sync.WaitGroup // requests that wait
 	ctx        context.Context
@@ -70,7 +72,11 @@ type Volume struct {
 	fenced     atomic.Bool // a newer owner exists: nothing is served any more
 	lastWrite  atomic.Int64
 	logSince   atomic.Int64 // records in the SCOs closed since the last checkpoint
-	scrubbing  atomic.Bool
+	scrubbing  atomic.Bool  // housekeep runs or is about to
+
+	house      sync.Mutex // held by housekeep; before all other locks
+	unscrubbed map[uint64]time.Time
+	rest       atomic.Pointer[logEnd] // where the log ended when nothing was left to do
 
 	// tooMuchGarbage slows writers until the scrubber has caught up.
 	tooMuchGarbage atomic.Bool
@@ -200,6 +206,10 @@ func (v *Volume) Cancel(owner any) {
 // Resize changes the size. Growing takes effect at once and is announced to the
 // watchers; the registry must know the new size first. Shrinking is refused.
 func (v *Volume) Resize(_ context.Context, size uint64) error {
+	if !v.users.add() {
+		return fmt.Errorf("volume %s: resize: %w", v.cfg.Name, block.ErrClosed)
+	}
+	defer v.users.done()
 	v.gate.Lock()
 	defer v.gate.Unlock()
 	c := v.cfg
@@ -231,6 +241,11 @@ func (v *Volume) Watch(fn func(block.Info)) func() { return v.watches.add(fn) }
 
 // BlockStatus implements block.Device.
 func (v *Volume) BlockStatus(ctx context.Context, off, length uint64, fn func(block.Extent) bool) error {
+	ctx, leave, err := v.enter(ctx)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	size := v.Info().Size
 	if off >= size {
 		return nil
@@ -242,14 +257,19 @@ func (v *Volume) BlockStatus(ctx context.Context, off, length uint64, fn func(bl
 		stop := min(end, (pos/step+1)*step)
 		first, last := pos/block.ClusterSize, (stop+block.ClusterSize-1)/block.ClusterSize
 		locs := make([]lba.Location, last-first)
-		for n := 0; n < len(locs); {
+		for n, tried := 0, false; n < len(locs); {
 			k := v.m.GetRange(first+uint64(n), locs[n:])
-			if k == 0 {
-				if err := v.m.Load(ctx, v.ckpt, first+uint64(n), 1); err != nil {
-					return err
-				}
-			}
 			n += k
+			if tried = tried && k == 0; k > 0 {
+				continue
+			}
+			if tried {
+				return fmt.Errorf("map page of cluster %d: %w", first+uint64(n), errNotLoaded)
+			}
+			tried = true
+			if err := v.m.Load(ctx, v.ckpt, first+uint64(n), 1); err != nil {
+				return err
+			}
 		}
 		for i, loc := range locs {
 			a := max(pos, (first+uint64(i))*block.ClusterSize)
@@ -276,7 +296,8 @@ func (v *Volume) BlockStatus(ctx context.Context, off, length uint64, fn func(bl
 
 // Close stops the volume: waiting requests end, everything is made durable and a
 // checkpoint is written so that the next opening replays nothing. Front ends
-// must have let go of it.
+// must have let go of it. It does not wait for the store; whatever else it waits
+// for, it does so no longer than ctx.
 func (v *Volume) Close(ctx context.Context) error {
 	if v.closing.Swap(true) {
 		return nil
@@ -284,12 +305,17 @@ func (v *Volume) Close(ctx context.Context) error {
 	for _, p := range v.parked.remove(func(*parkedWrite) bool { return true }) {
 		v.end(p.r, block.ErrClosed)
 	}
-	// Whoever waits for a disk or a store waits no longer than ctx.
 	defer context.AfterFunc(ctx, v.cancel)()
+	// Housekeeping must be over before the last checkpoint: it may wait for the
+	// store with the checkpoints locked, and the scrubber writes to the log.
+	v.ckpt.stop()
+	v.house.Lock()
+	v.house.Unlock() // whoever comes later sees closing
+	v.users.shut()
 	v.pending.Wait()
 	var err error
 	if !v.fenced.Load() && !v.failed.Load() {
-		err = v.checkpoint(ctx, true)
+		err = v.lastCheckpoint(ctx)
 	}
 	v.cancel()
 	v.stopSpawning()
@@ -307,6 +333,22 @@ func (v *Volume) Close(ctx context.Context) error {
 		return fmt.Errorf("volume %s: close: %w", v.cfg.Name, err)
 	}
 	return nil
+}
+
+// lastCheckpoint waits, if it must, until the oldest SCOs are sealed.
+func (v *Volume) lastCheckpoint(ctx context.Context) error {
+	for {
+		err := v.checkpoint(ctx, true)
+		if !errors.Is(err, errNoRoom) {
+			return err
+		}
+		v.kickIO()
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 // letGo frees what the volume holds in shared structures.
@@ -335,6 +377,11 @@ func (v *Volume) letGo() {
 
 // tick is called once a second by the engine.
 func (v *Volume) tick(now time.Time) {
+	if !v.users.add() {
+		return
+	}
+	defer v.users.done()
+	v.logEnded(now)
 	idle := now.UnixNano() - v.lastWrite.Load()
 	v.maintain(time.Duration(idle))
 }

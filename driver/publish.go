@@ -1,0 +1,225 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"scoria/driver/lba"
+	"scoria/driver/sco"
+)
+
+// putTimeout bounds one upload of a map object: a store that hangs must not keep
+// the volume from its local checkpoints.
+const putTimeout = time.Minute
+
+// publish puts the pending root into the store when all SCOs that it builds on
+// are there, and then gives the space of dead SCOs back, now or, as far as that
+// fails, at the next call. It reports whether it published.
+func (v *Volume) publish(ctx context.Context) (bool, error) {
+	c := v.ckpt
+	done, err := c.publishRoot(ctx)
+	c.mu.Lock()
+	doomed := c.doomed
+	c.doomed = nil
+	c.mu.Unlock()
+	var left []uint64
+	errs := []error{err}
+	for i, n := range doomed {
+		if ctx.Err() != nil {
+			left = append(left, doomed[i:]...)
+			break
+		}
+		gone, err := v.deleteSCO(ctx, n)
+		if !gone {
+			left = append(left, n)
+		}
+		errs = append(errs, err)
+	}
+	c.mu.Lock()
+	c.doomed = append(c.doomed, left...)
+	c.mu.Unlock()
+	return done, errors.Join(errs...)
+}
+
+// publishRoot reports whether it has published a root.
+func (c *checkpoints) publishRoot(ctx context.Context) (bool, error) {
+	v := c.v
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := c.pending
+	if p == nil || !v.uploadedUpTo(p.pos.sco, p.dead) {
+		return false, nil
+	}
+	for _, o := range p.objects {
+		if c.inStore[o] {
+			continue
+		}
+		if err := c.put(ctx, pagesName(o)); err != nil {
+			return false, fmt.Errorf("publish checkpoint: %w", err)
+		}
+		c.inStore[o] = true
+	}
+	if err := c.put(ctx, rootName(p.sequence)); err != nil {
+		return false, fmt.Errorf("publish checkpoint: %w", err)
+	}
+	c.pending, c.newest = c.newest, nil
+	c.doomed = append(c.doomed, v.doom(p.dead)...)
+	return true, c.removeStaleInStore(ctx, p)
+}
+
+// put uploads a file of the map directory.
+func (c *checkpoints) put(ctx context.Context, name string) error {
+	v := c.v
+	ctx, cancel := context.WithTimeout(ctx, putTimeout)
+	defer cancel()
+	path := v.mapPath(name)
+	info, err := v.eng.cfg.FS.Stat(path)
+	if err != nil {
+		return err
+	}
+	return v.cfg.Store.Put(ctx, v.namespace(), name, v.cfg.Epoch,
+		Object{Data: localFile{v.eng.cfg.FS, path}, Size: info.Size(), LocalPath: path})
+}
+
+// doom marks SCOs as those that only have to be deleted yet, and returns those
+// that are new.
+func (v *Volume) doom(dead []uint64) (fresh []uint64) {
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	for _, n := range dead {
+		if m := v.scos[n]; m != nil && !m.doomed {
+			m.doomed = true
+			fresh = append(fresh, n)
+		}
+	}
+	return fresh
+}
+
+// removeStaleInStore removes what the newest published root does not need.
+func (c *checkpoints) removeStaleInStore(ctx context.Context, p *publication) error {
+	v := c.v
+	keep := map[string]bool{rootName(p.sequence): true}
+	for _, o := range p.objects {
+		keep[pagesName(o)] = true
+	}
+	for _, prefix := range []string{rootPrefix, pagesPrefix} {
+		names, err := v.cfg.Store.List(ctx, v.namespace(), prefix)
+		if err != nil {
+			return err
+		}
+		for _, n := range names {
+			if keep[n] {
+				continue
+			}
+			if err := v.cfg.Store.Delete(ctx, v.namespace(), n, v.cfg.Epoch); err != nil {
+				return err
+			}
+			var object uint32
+			if _, err := fmt.Sscanf(n, pagesPrefix+"%08x", &object); err == nil {
+				delete(c.inStore, object)
+			}
+		}
+	}
+	return nil
+}
+
+// uploadedUpTo reports whether every SCO up to n, but the dead ones, is in the
+// store.
+func (v *Volume) uploadedUpTo(n uint64, dead []uint64) bool {
+	isDead := map[uint64]bool{}
+	for _, d := range dead {
+		isDead[d] = true
+	}
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	for _, l := range v.unsealed {
+		if r, _ := unpack(l.head.Load()); l.hdr.Number <= n && r > 0 {
+			return false
+		}
+	}
+	for _, m := range v.scos {
+		if m.number <= n && !m.uploaded && !m.dropping && !isDead[m.number] {
+			return false
+		}
+	}
+	return true
+}
+
+// deleteSCO gives the space of a dead SCO back, after a last look: no record of
+// it may be current, whatever the counter says. gone says that there is nothing
+// left to try.
+func (v *Volume) deleteSCO(ctx context.Context, n uint64) (gone bool, err error) {
+	// A check may take hours; everything else must not wait for it.
+	if !v.checkMu.TryLock() {
+		return false, nil
+	}
+	defer v.checkMu.Unlock()
+	v.metaMu.Lock()
+	m := v.scos[n]
+	var dropping bool
+	if m != nil {
+		dropping = m.dropping
+	}
+	v.metaMu.Unlock()
+	if m == nil {
+		return true, nil
+	}
+	if !dropping {
+		current, err := v.anyCurrent(ctx, m)
+		switch {
+		case errors.Is(err, sco.ErrFormat):
+			// Nobody reads it and nobody can vouch for it: it stays.
+			v.log.Error().Err(err).Uint64("sco", n).Msg("an empty SCO is damaged; it is kept")
+			return true, nil
+		case err != nil:
+			return false, fmt.Errorf("SCO %d: %w", n, err)
+		case current:
+			return true, nil
+		}
+	}
+	v.metaMu.Lock()
+	m.dropping = true
+	v.metaMu.Unlock()
+	if err := v.cfg.Store.Delete(ctx, v.namespace(), scoObject(n), v.cfg.Epoch); err != nil {
+		return false, fmt.Errorf("SCO %d: %w", n, err)
+	}
+	if l := v.ramSCO(n); l != nil && v.ram[n&uint64(len(v.ram)-1)].CompareAndSwap(l, nil) {
+		l.releaseChunks()
+	}
+	v.dropLocal(m)
+	v.metaMu.Lock()
+	delete(v.scos, n)
+	v.metaMu.Unlock()
+	v.stats.reclaimed.Add(uint64(m.size))
+	return true, nil
+}
+
+// anyCurrent reports whether the map refers to a SCO that counts as empty, and
+// corrects the count.
+func (v *Volume) anyCurrent(ctx context.Context, m *scoMeta) (bool, error) {
+	records, err := v.sealedRecords(ctx, m)
+	if err != nil {
+		return false, err
+	}
+	for i := range records {
+		r := &records[i]
+		if !r.HasData() {
+			continue
+		}
+		now, err := v.locateIn(ctx, r.LBA)
+		if err != nil {
+			return false, err
+		}
+		if now == lba.MakeLocation(m.number, r.Cluster) {
+			v.live.at(m.number).Add(1)
+			v.metaMu.Lock()
+			m.doomed = false
+			v.metaMu.Unlock()
+			v.raise("accounting", "SCO %d counted as empty but cluster %d is current in it; it is kept", m.number, r.LBA)
+			return true, nil
+		}
+	}
+	return false, nil
+}
