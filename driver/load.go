@@ -155,7 +155,10 @@ func (v *Volume) loadFromPool(n uint64, chunks []foundChunk, hasFile bool) (*rep
 	if file != nil {
 		// The dead daemon may have written without a sync.
 		l.unsynced = true
-		err := file.Sync() // as in ensureFile
+		err := v.rewriteUnsynced(l, file, s.records)
+		if err == nil {
+			err = file.Sync() // as in ensureFile
+		}
 		if err == nil {
 			err = v.attach(l, file)
 		}
@@ -167,6 +170,45 @@ func (v *Volume) loadFromPool(n uint64, chunks []foundChunk, hasFile bool) (*rep
 	}
 	l.hdr.Epoch = v.cfg.Epoch
 	return s, nil
+}
+
+// rewriteUnsynced writes the clusters again that the dead daemon had written to
+// the file, did not know to be synced, and keeps nowhere else. Its last sync may
+// have failed, and then ours alone would prove nothing (see package vfs).
+func (v *Volume) rewriteUnsynced(l *logSCO, file vfs.File, records []tlog.Record) error {
+	synced, first := uint32(0), uint32(0)
+	for i := range records {
+		synced = max(synced, records[i].Durable)
+	}
+	for i := range records[:min(synced, uint32(len(records)))] {
+		if c := records[i].Cluster; c != tlog.NoCluster {
+			first = max(first, c+1)
+		}
+	}
+	buf := aligned(make([]byte, chunkBytes))
+	for c := first; c < l.spilledC; {
+		n := min(chunkClusters, l.spilledC-c)
+		p := buf[:n*block.ClusterSize]
+		if _, err := file.ReadAt(p, sco.DataOff(c)); err != nil {
+			return fmt.Errorf("SCO %d: %d clusters at %d: %w", l.hdr.Number, n, c, err)
+		}
+		for i := c; i < c+n; i++ {
+			crcs := l.crcs[i/chunkClusters].Load()
+			if crcs == nil || crcs[i%chunkClusters].Load() == 0 {
+				continue // void
+			}
+			if tlog.CRC(p[(i-c)*block.ClusterSize:(i-c+1)*block.ClusterSize]) != crcs[i%chunkClusters].Load() {
+				v.corrupt(l.hdr.Number, i)
+				v.failed.Store(true)
+				v.raise("sync-failed", "the local disk under %s lost data of SCO %d that were written but never synced: reads of them and all flushes and writes of this volume fail; check the disk", v.dir, l.hdr.Number)
+			}
+		}
+		if _, err := file.WriteAt(p, sco.DataOff(c)); err != nil {
+			return fmt.Errorf("SCO %d: rewrite %d clusters at %d: %w", l.hdr.Number, n, c, err)
+		}
+		c += n
+	}
+	return nil
 }
 
 // salvage reads all records in the pool, voids the holes, and sets the
