@@ -323,7 +323,9 @@ func (v *Volume) ensureFile(l *logSCO) error {
 	if err == nil {
 		// The length must be durable before there can be a footer: a file that is
 		// shorter counts as sealed.
-		err = f.Sync()
+		if serr := f.Sync(); serr != nil {
+			err = v.syncFailed(l, serr)
+		}
 	}
 	if err == nil {
 		err = v.eng.cfg.FS.SyncDir(v.scoDir())
@@ -462,13 +464,18 @@ func (v *Volume) trySync(target *logSCO, records uint32) error {
 func (v *Volume) syncFile(l *logSCO) error {
 	v.stats.syncs.Add(1)
 	if err := l.file.Sync(); err != nil {
-		v.failed.Store(true)
-		l.lost = true
-		v.raise("sync-failed", "a sync of the local disk failed (%v): flushes of this volume fail until the daemon is restarted, because nobody can say what the disk has kept; check the disk under %s", err, v.dir)
-		return fmt.Errorf("flush: SCO %d: %w: %v", l.hdr.Number, block.ErrFailed, err)
+		return v.syncFailed(l, err)
 	}
 	l.unsynced = false
 	return nil
+}
+
+// syncFailed ends the volume's service of flushes and writes.
+func (v *Volume) syncFailed(l *logSCO, err error) error {
+	v.failed.Store(true)
+	l.lost = true
+	v.raise("sync-failed", "a sync of the local disk failed (%v): flushes of this volume fail until the daemon is restarted, because nobody can say what the disk has kept; check the disk under %s", err, v.dir)
+	return fmt.Errorf("flush: SCO %d: %w: %v", l.hdr.Number, block.ErrFailed, err)
 }
 
 // sealFile writes records, CRC table and trailer behind the clusters and makes
