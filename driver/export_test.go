@@ -28,6 +28,7 @@ func (e *Engine) Abandon() {
 	close(e.stop)
 	e.stopped.Wait()
 	for _, v := range e.list() {
+		v.stopSpawning()
 		v.background.Wait()
 	}
 }
