@@ -22,8 +22,8 @@ import (
 // spillAt is the part of the pool from which on the head is written out without
 // a flush asking for it; throttleAt the part from which on writers are slowed.
 const (
-	spillAt    = 0.30
-	throttleAt = 0.70
+	spillAt    = 0.50
+	throttleAt = 0.75
 )
 
 // Engine is what all volumes of a daemon share.
@@ -35,6 +35,7 @@ type Engine struct {
 	files *fileCache
 
 	adopted bool
+	nice    niceness
 
 	now        atomic.Int64 // Unix nanoseconds, a second exact; for the hot path
 	localBytes atomic.Int64 // sealed SCOs on the local disk
@@ -77,6 +78,7 @@ func OpenEngine(_ context.Context, cfg Config) (*Engine, error) {
 		cfg: cfg, pool: p, cache: c, files: newFileCache(), adopted: adopted,
 		volumes: map[uuid.UUID]*Volume{}, stop: make(chan struct{}),
 	}
+	e.nice.probe()
 	e.now.Store(time.Now().UnixNano())
 	e.stopped.Add(2)
 	go e.housekeeper()

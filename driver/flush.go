@@ -3,6 +3,7 @@ package driver
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -72,6 +73,10 @@ func (v *Volume) kickSpill() {
 
 // ioLoop flushes first, then seals, then spills a little, until nothing is left.
 func (v *Volume) ioLoop() {
+	// The thread's priority goes up and down with what it does.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	defer v.eng.nice.set(false)
 	for {
 		v.io.mu.Lock()
 		waiters := v.io.waiters
@@ -85,6 +90,7 @@ func (v *Volume) ioLoop() {
 		}
 		v.io.mu.Unlock()
 
+		v.eng.nice.set(len(waiters) == 0 && v.eng.pool.fill() < throttleAt)
 		if len(waiters) > 0 {
 			err := v.syncAll()
 			for _, r := range waiters {
@@ -236,9 +242,17 @@ func (v *Volume) writeOut(l *logSCO, records, clusters uint32) error {
 // maxVec is how many chunks one write to the disk takes together: 4 MiB.
 const maxVec = 16
 
+// aheadChunks of zeroes follow a small write into blocks that were never
+// written. The first write into an allocated block makes the file system log
+// that; when flushes come one by one, doing it for many blocks at once saves most
+// of each.
+const aheadChunks = 4
+
+var zeroes = aligned(make([]byte, chunkBytes))
+
 // writeChunks writes clusters from spilledC on, up to clusters or maxVec chunks.
 func (v *Volume) writeChunks(l *logSCO, clusters uint32) error {
-	var vec [maxVec][]byte
+	var vec [maxVec + aheadChunks][]byte
 	var n int
 	from := l.spilledC
 	c := from
@@ -249,8 +263,17 @@ func (v *Volume) writeChunks(l *logSCO, clusters uint32) error {
 		c += k
 	}
 	l.unsynced = true
+	blocks := c
+	if c-from < chunkClusters && c > l.blocksC {
+		for ; n < len(vec) && blocks < l.hdr.ClustersCap; n++ {
+			k := min(chunkClusters, l.hdr.ClustersCap-blocks)
+			vec[n] = zeroes[:k*block.ClusterSize]
+			blocks += k
+		}
+	}
 	bytes, err := l.file.WriteVecAt(vec[:n], sco.DataOff(from))
 	v.stats.spilled.Add(uint64(bytes))
+	l.blocksC = max(l.blocksC, blocks)
 	if err != nil {
 		return fmt.Errorf("SCO %d: write %d clusters: %w", l.hdr.Number, c-from, err)
 	}

@@ -41,6 +41,7 @@ type logSCO struct {
 	file     vfs.File
 	spilledC uint32 // clusters written to file
 	spilledR uint32 // records written to file
+	blocksC  uint32 // clusters whose blocks in the file have been written once
 	unsynced bool   // written since the last sync
 	lost     bool   // a write or sync of file failed for good
 
