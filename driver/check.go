@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"slices"
 
@@ -61,9 +62,9 @@ type readerAt interface {
 	ReadAt(p []byte, off int64) (int, error)
 }
 
-// Check verifies, while the volume is in use, that every SCO has its footer and
-// every cluster its checksum, that the map and the SCOs' records agree, and that
-// the space accounting is right. progress is called with bytes.
+// Check verifies, while the volume is in use, that every copy of every SCO and of
+// the checkpoint is whole, that the map and the SCOs' records agree, and that the
+// space accounting is right. progress is called with bytes.
 //
 // It keeps SCOs from being deleted meanwhile, and ends early with ErrClosed when
 // the volume is closed. From any goroutine.
@@ -104,54 +105,105 @@ func (v *Volume) checkAll(ctx context.Context, rep *CheckReport, progress func(d
 		}
 	}
 	v.checkHead(ctx, rep)
-	v.checkRoot(rep)
+	v.checkCheckpoint(ctx, rep)
 	return ctx.Err()
 }
 
+// checkSealed verifies every copy of a sealed SCO: one that nobody reads is what
+// the next damage is repaired from.
 func (v *Volume) checkSealed(ctx context.Context, m *scoMeta, rep *CheckReport) error {
 	rep.SCOs++
-	t, r, done, err := v.openSealed(ctx, m)
-	if err != nil {
-		rep.problem("SCO %d: %v", m.number, err)
-		return ctx.Err()
+	v.metaMu.Lock()
+	local, uploaded := m.local, m.uploaded
+	v.metaMu.Unlock()
+	var records []tlog.Record
+	if local {
+		f, release, err := v.openLocal(m.number)
+		if err == nil {
+			records = v.checkCopy(ctx, m, "local copy", f, rep)
+			release()
+		} else if !errors.Is(err, fs.ErrNotExist) { // else it was evicted meanwhile
+			rep.problem("SCO %d: local copy: %v", m.number, err)
+		}
 	}
-	defer done()
-	records, err := t.ReadRecords(r)
+	if uploaded {
+		if r := v.checkCopy(ctx, m, "store's copy", storeObject{ctx, v, scoObject(m.number)}, rep); records == nil {
+			records = r
+		}
+	}
+	if !local && !uploaded {
+		rep.problem("SCO %d: neither a local copy nor one in the store", m.number)
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return v.checkLive(ctx, m.number, records, rep)
+}
+
+// checkCopy verifies header, trailer, records, CRC table and data of one copy,
+// and returns the records, nil if they can't be read.
+func (v *Volume) checkCopy(ctx context.Context, m *scoMeta, which string, r io.ReaderAt, rep *CheckReport) []tlog.Record {
+	bad := func(err error) { rep.problem("SCO %d: %s: %v", m.number, which, err) }
+	page := make([]byte, sco.Page)
+	if _, err := r.ReadAt(page, 0); err != nil {
+		bad(err)
+	} else if h, err := sco.DecodeHeader(page); err != nil {
+		bad(err)
+	} else if h.Volume != v.cfg.ID || h.Number != m.number {
+		bad(fmt.Errorf("its header is of SCO %d of volume %s", h.Number, h.Volume))
+	}
+	t, err := sco.ReadTrailer(r, m.size)
 	if err != nil {
-		rep.problem("%v", err)
-		return ctx.Err()
+		bad(err)
+		return nil
 	}
 	if t.Clusters != m.clusters || t.Records != m.records {
-		rep.problem("SCO %d: trailer has %d clusters and %d records, %d and %d are known", m.number, t.Clusters, t.Records, m.clusters, m.records)
+		bad(fmt.Errorf("its trailer has %d clusters and %d records, %d and %d are known", t.Clusters, t.Records, m.clusters, m.records))
+	}
+	table, err := t.ReadCRCs(r)
+	if err != nil {
+		bad(err)
+	}
+	records, err := t.ReadRecords(r)
+	if err != nil {
+		bad(err)
+		return nil
 	}
 	crcs := make(map[uint32]uint32, len(records))
 	for i := range records {
-		if records[i].HasData() {
-			crcs[records[i].Cluster] = records[i].DataCRC
+		c := records[i].Cluster
+		if !records[i].HasData() {
+			continue
+		}
+		crcs[c] = records[i].DataCRC
+		if table != nil && (int(c) >= len(table) || table[c] != records[i].DataCRC) {
+			bad(fmt.Errorf("the CRC table differs from record %d", i))
 		}
 	}
+	v.checkData(ctx, &t, crcs, r, rep, bad)
+	return records
+}
+
+// checkData verifies the clusters of one copy.
+func (v *Volume) checkData(ctx context.Context, t *sco.Trailer, crcs map[uint32]uint32, r io.ReaderAt, rep *CheckReport, bad func(error)) {
 	buf := make([]byte, 1<<20)
-	for c := uint32(0); c < t.Clusters; {
+	for c := uint32(0); c < t.Clusters && ctx.Err() == nil; {
 		n := min(uint32(len(buf)/block.ClusterSize), t.Clusters-c)
 		p := buf[:n*block.ClusterSize]
 		if _, err := r.ReadAt(p, sco.DataOff(c)); err != nil {
-			rep.problem("SCO %d: clusters %d to %d: %v", m.number, c, c+n-1, err)
+			bad(fmt.Errorf("clusters %d to %d: %w", c, c+n-1, err))
 		} else {
 			for i := range n {
 				want, has := crcs[c+i]
 				if has && tlog.CRC(p[i*block.ClusterSize:(i+1)*block.ClusterSize]) != want {
-					rep.problem("SCO %d: cluster %d fails its checksum", m.number, c+i)
+					bad(fmt.Errorf("cluster %d: %w", c+i, block.ErrCorrupt))
 				}
 			}
 			rep.Clusters += uint64(n)
 			rep.Bytes += uint64(len(p))
 		}
 		c += n
-		if err := ctx.Err(); err != nil {
-			return err
-		}
 	}
-	return v.checkLive(ctx, m.number, records, rep)
 }
 
 // checkLive compares the map's references to a SCO with the counter. The map is
@@ -267,18 +319,6 @@ func (v *Volume) locateIn(ctx context.Context, cluster uint64) (lba.Location, er
 
 // errNotLoaded is a broken promise of the map, reported instead of trying for ever.
 var errNotLoaded = errors.New("it was loaded and is not there")
-
-func (v *Volume) checkRoot(rep *CheckReport) {
-	c := v.ckpt
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.sequence == 0 {
-		return
-	}
-	if _, err := v.readRoot(rootName(c.sequence)); err != nil {
-		rep.problem("checkpoint %d: %v", c.sequence, err)
-	}
-}
 
 // CheckVolume checks a volume that is not open.
 func (e *Engine) CheckVolume(ctx context.Context, cfg VolumeConfig, progress func(done, total int64)) (CheckReport, error) {

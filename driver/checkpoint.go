@@ -33,7 +33,8 @@ type position struct {
 // does not refer.
 type checkpoints struct {
 	v      *Volume
-	reader *lba.ObjectReader
+	reader *lba.ObjectReader // local copies first
+	stored *lba.ObjectReader // the store's only, for when a local one is damaged
 
 	// work is for what is done with the store in the background; it ends when the
 	// volume begins to close.
@@ -76,12 +77,24 @@ func newCheckpoints(v *Volume) *checkpoints {
 	c := &checkpoints{v: v, inStore: map[uint32]bool{}}
 	c.work, c.stop = context.WithCancel(v.ctx)
 	c.reader = lba.NewObjectReader(v.cfg.ID, c.openPages)
+	c.stored = lba.NewObjectReader(v.cfg.ID, c.openStoredPages)
 	return c
 }
 
-// ReadPage implements lba.PageReader.
+// ReadPage implements lba.PageReader. A damaged page is counted, and read from
+// the store's copy if there is one.
 func (c *checkpoints) ReadPage(ctx context.Context, addr lba.PageAddr, page []byte) error {
-	return c.reader.ReadPage(ctx, addr, page)
+	err := c.reader.ReadPage(ctx, addr, page)
+	if err == nil || !errors.Is(err, lba.ErrFormat) {
+		return err
+	}
+	c.v.stats.checksumErrors.Add(1)
+	if c.stored.ReadPage(ctx, addr, page) != nil {
+		c.v.raise("corrupt-data", "a page of the map fails its checksum (%v): what it maps can't be read; run scoria volume check %s", err, c.v.cfg.Name)
+		return err
+	}
+	c.v.log.Warn().Err(err).Msg("page of the map is damaged on the local disk; using the store's")
+	return nil
 }
 
 func (c *checkpoints) close() { c.stop() }
@@ -122,6 +135,14 @@ func (s storeObject) ReadAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	return len(p), nil
+}
+
+func (c *checkpoints) openStoredPages(ctx context.Context, object uint32) (io.ReaderAt, int64, error) {
+	size, err := c.v.cfg.Store.Size(ctx, c.v.namespace(), pagesName(object))
+	if err != nil {
+		return nil, 0, err
+	}
+	return storeObject{c.v.ctx, c.v, pagesName(object)}, size, nil
 }
 
 func (c *checkpoints) openPages(_ context.Context, object uint32) (io.ReaderAt, int64, error) {
@@ -349,6 +370,7 @@ func (c *checkpoints) removeStale() {
 		var object uint32
 		if _, err := fmt.Sscanf(n, pagesPrefix+"%08x", &object); err == nil {
 			c.reader.Forget(object)
+			c.stored.Forget(object)
 		}
 		if err := v.eng.cfg.FS.Remove(v.mapPath(n)); err != nil {
 			v.log.Warn().Err(err).Str("file", n).Msg("old checkpoint file can't be removed")

@@ -239,6 +239,24 @@ func (t *Trailer) ReadRecords(r io.ReaderAt) ([]tlog.Record, error) {
 	return recs, nil
 }
 
+// ReadCRCs reads and verifies the CRC table of a sealed SCO.
+func (t *Trailer) ReadCRCs(r io.ReaderAt) ([]uint32, error) {
+	b := make([]byte, CRCTableBytes(t.Clusters))
+	if len(b) > 0 {
+		if _, err := r.ReadAt(b, t.CRCOff); err != nil {
+			return nil, fmt.Errorf("SCO %d: CRC table at %d: %w", t.Number, t.CRCOff, err)
+		}
+	}
+	if crc32.Checksum(b[:4*t.Clusters], castagnoli) != t.CRCsCRC {
+		return nil, fmt.Errorf("SCO %d: CRC table: %w: checksum", t.Number, ErrFormat)
+	}
+	crcs := make([]uint32, t.Clusters)
+	for i := range crcs {
+		crcs[i] = binary.LittleEndian.Uint32(b[4*i:])
+	}
+	return crcs, nil
+}
+
 // Footer builds what follows the clusters of a sealed SCO: records, CRC table
 // and trailer, to be written at the returned trailer's RecordOff. records holds
 // the encoded records.
