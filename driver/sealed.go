@@ -196,14 +196,30 @@ func (v *Volume) upload() {
 	}
 }
 
+// slowUpload is after how long an upload that does not end is reported.
+const slowUpload = 15 * time.Second
+
+// watchUpload reports a store that neither takes a SCO nor says why.
+func (v *Volume) watchUpload(now time.Time) {
+	since := v.putSince.Load()
+	if since == 0 {
+		return
+	}
+	if took := now.Sub(time.Unix(0, since)); took > slowUpload {
+		v.raise("store-unreachable", "the store has been busy with one SCO for %d s; closed SCOs stay on the local disk meanwhile", int(took.Seconds()))
+	}
+}
+
 func (v *Volume) uploadOne(m *scoMeta) error {
 	f, release, err := v.openLocal(m.number)
 	if err != nil {
 		return err
 	}
 	defer release()
+	v.putSince.Store(time.Now().UnixNano())
 	err = v.cfg.Store.Put(v.ctx, v.namespace(), scoObject(m.number), v.cfg.Epoch,
 		Object{Data: f, Size: m.size, LocalPath: v.scoPath(m.number)})
+	v.putSince.Store(0)
 	if err != nil {
 		return err
 	}
