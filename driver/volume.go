@@ -73,6 +73,7 @@ type Volume struct {
 	lastWrite  atomic.Int64
 	logSince   atomic.Int64 // records in the SCOs closed since the last checkpoint
 	scrubbing  atomic.Bool  // housekeep runs or is about to
+	putSince   atomic.Int64 // when the upload under way began, Unix nanoseconds; 0: none
 
 	house      sync.Mutex // held by housekeep; before all other locks
 	unscrubbed map[uint64]time.Time
@@ -382,6 +383,7 @@ func (v *Volume) tick(now time.Time) {
 	}
 	defer v.users.done()
 	v.logEnded(now)
+	v.watchUpload(now)
 	idle := now.UnixNano() - v.lastWrite.Load()
 	v.maintain(time.Duration(idle))
 }
