@@ -31,8 +31,15 @@ type ioState struct {
 // flushLater lets r end when everything that is in the log now is durable.
 func (v *Volume) flushLater(r *block.Request) {
 	v.io.mu.Lock()
-	v.io.waiters = append(v.io.waiters, r)
+	stopped := v.io.stopped
+	if !stopped {
+		v.io.waiters = append(v.io.waiters, r)
+	}
 	v.io.mu.Unlock()
+	if stopped { // it came while the volume was being closed
+		v.end(r, block.ErrClosed)
+		return
+	}
 	v.kickIO()
 }
 

@@ -337,7 +337,10 @@ func (v *Volume) writeLater(r *block.Request, done uint32) {
 		return
 	}
 	if v.parked.push(&parkedWrite{r: r, done: done}) && !v.spawn(v.admit) {
-		panic("driver: a write came after the volume had waited for all requests")
+		// It came while the volume was being closed.
+		for p := v.parked.pop(); p != nil; p = v.parked.pop() {
+			v.end(p.r, block.ErrClosed)
+		}
 	}
 }
 
