@@ -43,14 +43,13 @@ func TestP3KillAtEveryCall(t *testing.T) {
 		rng := rand.New(rand.NewPCG(uint64(call), 9))
 		r := newRig(t, rng, 256, 4).create()
 		tr := r.setTrap(call, r.killClone)
-		ended := make(chan error, 1)
-		go func() { ended <- life(r) }()
+		ended := make(chan struct{})
 		var err error
+		go func() { err = life(r); close(ended) }()
 		select {
-		case err = <-ended:
+		case <-ended:
 		case <-tr.sprung:
-			r.eng.Abandon()
-			wait(t, "the end of a life", ended)
+			doomUntil(t, r.eng, ended)
 		}
 		d, died := tr.disarm()
 		if !died {
@@ -107,7 +106,7 @@ func TestP2PowerLossWhileSealing(t *testing.T) {
 					return nil
 				}
 				var m moment
-				for range raced(12, 3) {
+				for range raced(6, 2) {
 					m.clones = append(m.clones, fsys.CrashClone(rng))
 				}
 				moments = append(moments, m)

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"scoria/alba/vfs"
+	"scoria/driver"
 )
 
 // raced reduces what tests do under the race detector.
@@ -104,8 +105,27 @@ func (r *rig) bury(c *crew) {
 	r.t.Helper()
 	c.stop.Store(true)
 	c.cancel()
+	over := make(chan struct{})
+	go func() { c.wg.Wait(); close(over) }()
+	doomUntil(r.t, r.eng, over)
 	r.eng.Abandon()
-	c.fire()
+}
+
+// doomUntil ends the requests of a dead engine until its users have noticed.
+func doomUntil(t *testing.T, eng *driver.Engine, over <-chan struct{}) {
+	t.Helper()
+	deadline := time.Now().Add(waitLimit)
+	for {
+		eng.Doom()
+		select {
+		case <-over:
+			return
+		case <-time.After(time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			wait(t, "the users of a dead engine", over)
+		}
+	}
 }
 
 // dieWhileOpening opens the volume on a disk that dies at one of the first

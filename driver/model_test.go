@@ -509,8 +509,10 @@ func TestP2CrashAtEveryStep(t *testing.T) {
 				case <-dead:
 					// The step may wait for the dead disk; it ends with the engine.
 					fsys.Kill()
+					ended := make(chan struct{})
+					go func() { <-errc; close(ended) }()
+					doomUntil(t, w.eng, ended)
 					w.eng.Abandon()
-					<-errc
 				}
 				select {
 				case <-dead:

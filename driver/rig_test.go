@@ -370,6 +370,15 @@ func hasCondition(v *driver.Volume, code string) bool {
 	return slices.ContainsFunc(v.Stats().Conditions, func(c driver.Condition) bool { return c.Code == code })
 }
 
+// settled waits until conditions have ended and are no longer listed.
+func (r *rig) settled(codes ...string) {
+	r.t.Helper()
+	eventually(r.t, fmt.Sprintf("%q have ended", codes), func() bool {
+		r.vol.Tick(time.Now().Add(time.Hour)) // what has ended lingers a little
+		return !slices.ContainsFunc(codes, r.has)
+	})
+}
+
 // eventually waits until cond holds.
 func eventually(t *testing.T, what string, cond func() bool) {
 	t.Helper()
