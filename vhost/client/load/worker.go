@@ -53,7 +53,7 @@ type worker struct {
 
 	hist         Histogram
 	total        uint64 // operations, measured or not
-	elapsed      int64 // ns
+	elapsed      int64  // ns
 	kicks, waits uint64
 	err          error
 }
