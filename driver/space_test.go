@@ -1,0 +1,85 @@
+package driver_test
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"testing"
+
+	"scoria/driver"
+)
+
+// storedBytes sums up the files under a directory.
+func (r *rig) storedBytes(dir string) (sum int64) {
+	r.t.Helper()
+	names, err := r.fs.List(dir)
+	r.must(err)
+	for _, n := range names {
+		info, err := r.fs.Stat(dir + "/" + n)
+		r.must(err)
+		if info.IsDir() {
+			sum += r.storedBytes(dir + "/" + n)
+		} else {
+			sum += info.Size()
+		}
+	}
+	return sum
+}
+
+// TestSpace: a volume that is written over and over, in small and in large
+// pieces, takes little more than its live data, on the local disk and in the
+// store; after everything is discarded nearly all of it comes back.
+func TestSpace(t *testing.T) {
+	ctx := context.Background()
+	for _, c := range []struct {
+		piece, clusters uint64
+		times           int
+	}{{1, 8192, 4}, {16, 16384, 5}} {
+		t.Run(fmt.Sprintf("%dKiB", c.piece*4), func(t *testing.T) {
+			r := newRig(t, rand.New(rand.NewPCG(3, c.piece)), c.clusters, 8)
+			r.wrap = func(s driver.Store) driver.Store { return copies{s} }
+			r.create()
+			rng := r.rng
+			for range raced(c.times, 1) * int(c.clusters/c.piece) {
+				first := rng.Uint64N(c.clusters/c.piece) * c.piece
+				r.must(r.write(first, c.piece, 0))
+				if rng.IntN(1000) == 0 {
+					r.vol.Housekeep(ctx, 0)
+				}
+			}
+			r.rest()
+			live := int64(r.vol.Stats().Space.Live)
+			limit := live*13/10 + r.pool + 6*r.cfg.SCOBytes
+			local, stored := r.storedBytes("data/volumes"), r.storedBytes("data/store")
+			t.Logf("live %d KiB, local %d KiB, store %d KiB, all pages %d KiB; scrubbed %d KiB",
+				live>>10, local>>10, stored>>10, r.fs.Used()>>10, r.vol.Stats().ScrubbedBytes>>10)
+			if local > limit || stored > limit {
+				t.Errorf("%d bytes are live; local %d, store %d, both should be at most %d", live, local, stored, limit)
+			}
+			if used := r.fs.Used(); used > 2*limit {
+				t.Errorf("files take %d bytes, should take at most %d", used, 2*limit)
+			}
+			r.verify("scrubbed", func(*effect) bool { return true })
+			r.check()
+			r.must(r.discard(0, c.clusters))
+			r.rest()
+			local, stored = r.storedBytes("data/volumes"), r.storedBytes("data/store")
+			t.Logf("all discarded: local %d KiB, store %d KiB", local>>10, stored>>10)
+			if most := r.pool + 4*r.cfg.SCOBytes; local > most || stored > most {
+				t.Errorf("all is discarded; local %d, store %d, both should be at most %d", local, stored, most)
+			}
+			r.verify("discarded", func(*effect) bool { return true })
+			r.check()
+			r.close()
+		})
+	}
+}
+
+// rest gives housekeeping the time that an idle minute has.
+func (r *rig) rest() {
+	r.t.Helper()
+	for range 60 {
+		r.vol.Housekeep(context.Background(), 0)
+		r.vol.WaitSealed()
+	}
+}
