@@ -139,7 +139,7 @@ func TestP5Damage(t *testing.T) {
 			healthy := r.fs
 			spots := r.spots()
 			for i, s := range spots {
-				if raceEnabled && i%4 != 0 {
+				if raceEnabled && i%11 != 0 {
 					continue
 				}
 				t.Run(s.what+" of "+s.file[strings.LastIndex(s.file, "/")+1:], func(t *testing.T) {
@@ -194,7 +194,7 @@ func TestP5Check(t *testing.T) {
 	r.close()
 	healthy := r.fs
 	for i, s := range r.spots() {
-		if raceEnabled && i%4 != 0 {
+		if raceEnabled && i%11 != 0 {
 			continue
 		}
 		t.Run(s.what+" of "+s.file[strings.LastIndex(s.file, "/")+1:], func(t *testing.T) {
