@@ -21,9 +21,10 @@ func TestP9OpeningReadsWhatChanged(t *testing.T) {
 		const after = 300
 		r.must(r.write(0, after, 0))
 		r.must(r.flush())
+		// Each SCO adds a record of its own, and the scrubber may have been at work.
+		most := after + 8 + r.vol.Stats().ScrubbedBytes/cluster
 		r.crash().reopen()
-		// Each SCO adds a record of its own.
-		if n := r.vol.Stats().ReplayedRecords; n < after || n > after+8 {
+		if n := r.vol.Stats().ReplayedRecords; n < after || n > most {
 			t.Errorf("%d records were replayed after %d requests and %d clusters behind the checkpoint", n, before, after)
 		}
 		r.verify("P1", func(*effect) bool { return true })

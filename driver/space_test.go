@@ -40,19 +40,26 @@ func TestSpace(t *testing.T) {
 			r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 			r.create()
 			rng := r.rng
+			var peak, peakStored int64
 			for range raced(c.times, 1) * int(c.clusters/c.piece) {
 				first := rng.Uint64N(c.clusters/c.piece) * c.piece
 				r.must(r.write(first, c.piece, 0))
 				if rng.IntN(1000) == 0 {
 					r.vol.Housekeep(ctx, 0)
+					peak = max(peak, r.storedBytes("data/volumes"))
+					peakStored = max(peakStored, r.storedBytes("data/store"))
 				}
 			}
 			r.rest()
 			live := int64(r.vol.Stats().Space.Live)
 			limit := live*13/10 + r.pool + 6*r.cfg.SCOBytes
 			local, stored := r.storedBytes("data/volumes"), r.storedBytes("data/store")
+			t.Logf("most while writing: local %d KiB, store %d KiB", peak>>10, peakStored>>10)
 			t.Logf("live %d KiB, local %d KiB, store %d KiB, all pages %d KiB; scrubbed %d KiB",
 				live>>10, local>>10, stored>>10, r.fs.Used()>>10, r.vol.Stats().ScrubbedBytes>>10)
+			if most := limit + 8*r.cfg.SCOBytes; peak > most || peakStored > most {
+				t.Errorf("while writing: local %d, store %d, both should be at most %d", peak, peakStored, most)
+			}
 			if local > limit || stored > limit {
 				t.Errorf("%d bytes are live; local %d, store %d, both should be at most %d", live, local, stored, limit)
 			}
