@@ -195,7 +195,7 @@ func (v *Volume) checkpoint(ctx context.Context, final bool) error {
 	c.pos = pos
 	p := &publication{sequence: c.sequence, pos: pos, objects: v.m.Objects(), dead: dead}
 	if c.pending == nil {
-		c.pending = p
+		c.await(p)
 	} else {
 		c.newest = p
 	}

@@ -51,7 +51,7 @@ func (v *Volume) WaitSealed() bool {
 			done = done && (!l.closed.Load() || l.sealed.Load())
 		}
 		for _, m := range v.scos {
-			done = done && m.uploaded
+			done = done && (m.uploaded || m.unwanted)
 		}
 		v.metaMu.Unlock()
 		if done {

@@ -24,6 +24,7 @@ type scoMeta struct {
 	size     int64
 	local    bool // a local copy exists
 	uploaded bool // it is in the store
+	unwanted bool // the root that is published next does not need it: no upload
 	doomed   bool // a root without it is in the store: it has only to be deleted
 	dropping bool // its deletion has begun
 	lastRead int64

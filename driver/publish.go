@@ -64,9 +64,28 @@ func (c *checkpoints) publishRoot(ctx context.Context) (bool, error) {
 	if err := c.put(ctx, rootName(p.sequence)); err != nil {
 		return false, fmt.Errorf("publish checkpoint: %w", err)
 	}
-	c.pending, c.newest = c.newest, nil
 	c.doomed = append(c.doomed, v.doom(p.dead)...)
+	next := c.newest
+	c.newest = nil
+	c.await(next)
 	return true, c.removeStaleInStore(ctx, p)
+}
+
+// await makes p, which may be nil, the root that goes to the store next. SCOs that
+// were dead at its position need not be uploaded any more: a store that is slower
+// than the writers would otherwise be busy with garbage for ever. Caller holds mu.
+func (c *checkpoints) await(p *publication) {
+	c.pending = p
+	if p == nil {
+		return
+	}
+	c.v.metaMu.Lock()
+	defer c.v.metaMu.Unlock()
+	for _, n := range p.dead {
+		if m := c.v.scos[n]; m != nil {
+			m.unwanted = true
+		}
+	}
 }
 
 // put uploads a file of the map directory.
@@ -215,8 +234,9 @@ func (v *Volume) anyCurrent(ctx context.Context, m *scoMeta) (bool, error) {
 		if now == lba.MakeLocation(m.number, r.Cluster) {
 			v.live.at(m.number).Add(1)
 			v.metaMu.Lock()
-			m.doomed = false
+			m.doomed, m.unwanted = false, false
 			v.metaMu.Unlock()
+			v.kickUpload()
 			v.raise("accounting", "SCO %d counted as empty but cluster %d is current in it; it is kept", m.number, r.LBA)
 			return true, nil
 		}

@@ -163,7 +163,8 @@ func (v *Volume) keep(loc lba.Location, p []byte) {
 	}
 }
 
-// upload sends sealed SCOs to the store, oldest first, until none is left.
+// upload sends sealed SCOs to the store, oldest first, until none is left that has
+// to be there.
 func (v *Volume) upload() {
 	wait := 100 * time.Millisecond
 	for {
@@ -234,14 +235,14 @@ func (v *Volume) uploadOne(m *scoMeta) error {
 	return nil
 }
 
-// nextUpload returns the oldest sealed SCO that is not in the store; nil ends
+// nextUpload returns the oldest sealed SCO that has to get to the store; nil ends
 // the uploader.
 func (v *Volume) nextUpload() *scoMeta {
 	v.metaMu.Lock()
 	defer v.metaMu.Unlock()
 	var next *scoMeta
 	for _, m := range v.scos {
-		if !m.uploaded && !m.dropping && (next == nil || m.number < next.number) {
+		if !m.uploaded && !m.unwanted && !m.dropping && (next == nil || m.number < next.number) {
 			next = m
 		}
 	}

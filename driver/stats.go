@@ -38,7 +38,7 @@ func (v *Volume) Stats() Stats {
 		}
 		if m.uploaded {
 			s.Space.Store += uint64(m.size)
-		} else {
+		} else if !m.unwanted {
 			s.UploadBacklog += uint64(m.size)
 		}
 	}

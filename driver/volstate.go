@@ -130,9 +130,9 @@ func (v *Volume) enter(ctx context.Context) (_ context.Context, leave func(), er
 	}, nil
 }
 
-// A condition may come and go a thousand times a second. It is listed until it
-// has not held for conditionLinger, and that it began and ended is logged at most
-// once per conditionQuiet.
+// A condition may come and go a thousand times a second. One that came back within
+// conditionLinger is listed until it has not held for as long, and that it began
+// and ended is logged at most once per conditionQuiet.
 const (
 	conditionLinger = 5 * time.Second
 	conditionQuiet  = 30 * time.Second
@@ -143,6 +143,7 @@ type condition struct {
 	message string
 	holds   bool
 	last    time.Time // when it held last, if it does not
+	flaps   bool      // it has come back
 	logged  bool      // its beginning was
 }
 
@@ -165,6 +166,7 @@ func (c *conditions) set(now time.Time, code, message string) bool {
 		e = &condition{}
 		c.m[code] = e
 	}
+	e.flaps = e.flaps || !e.holds && !e.last.IsZero()
 	e.message, e.holds = message, true
 	if last, ok := c.logged[code]; e.logged || (ok && now.Sub(last) < conditionQuiet) {
 		return false
@@ -175,11 +177,11 @@ func (c *conditions) set(now time.Time, code, message string) bool {
 }
 
 // unset says that a condition does not hold now.
-func (c *conditions) unset(code string) {
+func (c *conditions) unset(now time.Time, code string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if e := c.m[code]; e != nil && e.holds {
-		e.holds, e.last = false, time.Now()
+		e.holds, e.last = false, now
 	}
 }
 
@@ -189,7 +191,7 @@ func (c *conditions) sweep(now time.Time) (ended []string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for code, e := range c.m {
-		if e.listed(now) {
+		if e.holds || now.Sub(e.last) < conditionLinger {
 			continue
 		}
 		if e.logged {
@@ -200,7 +202,9 @@ func (c *conditions) sweep(now time.Time) (ended []string) {
 	return ended
 }
 
-func (e *condition) listed(now time.Time) bool { return e.holds || now.Sub(e.last) < conditionLinger }
+func (e *condition) listed(now time.Time) bool {
+	return e.holds || e.flaps && now.Sub(e.last) < conditionLinger
+}
 
 func (c *conditions) list(now time.Time) []Condition {
 	c.mu.Lock()
@@ -224,7 +228,7 @@ func (v *Volume) raise(code, format string, args ...any) {
 }
 
 // settle says that it does not hold any more; tick tells the log.
-func (v *Volume) settle(code string) { v.conds.unset(code) }
+func (v *Volume) settle(code string) { v.conds.unset(time.Now(), code) }
 
 func (v *Volume) logEnded(now time.Time) {
 	for _, code := range v.conds.sweep(now) {
