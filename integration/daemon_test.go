@@ -44,6 +44,7 @@ func TestDaemonStopsUnderAGuest(t *testing.T) {
 		time.Sleep(time.Second)
 		e.must(e.Stop(e.ctx))
 		e.restart()
+		e.attached("v")
 	}
 	e.guest(vm, "touch /tmp/stop")
 	e.tortureEnd(vm, "torture")

@@ -95,7 +95,7 @@ echo "write through" >/sys/block/vda/cache_type
 [ "$(cat /sys/block/vda/cache_type)" = "write through" ]`)
 	e.must(vm.Background(e.ctx, "torture", "torture -workers 4 -stop /tmp/stop -run 4m"))
 	time.Sleep(time.Second)
-	e.kills(1, time.Second)
+	e.kills(1, time.Second, "v")
 	e.guest(vm, "touch /tmp/stop")
 	e.tortureEnd(vm, "torture")
 	e.guest(vm, `[ "$(cat /sys/block/vda/cache_type)" = "write through" ] && echo "write back" >/sys/block/vda/cache_type`)

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
+	"syscall"
 	"testing"
 	"time"
 
@@ -54,9 +55,11 @@ type tortured struct {
 	LongestMs                                int64
 }
 
-// kills makes n kills of the daemon at random moments. It returns what to print
-// on failure to repeat the moments.
-func (e *env) kills(n int, between time.Duration) {
+// kills makes n kills of the daemon at random moments under guests that use the
+// volumes. One kind of moment is left out: while QEMU connects. QEMU before 9.1
+// does not survive the loss of its vhost-user server during its own negotiation:
+// it connects again and never says a word ("vhost-user: fix lost reconnect").
+func (e *env) kills(n int, between time.Duration, volumes ...string) {
 	e.Helper()
 	seed := uint64(time.Now().UnixNano())
 	e.Logf("moments from seed %d", seed)
@@ -68,8 +71,27 @@ func (e *env) kills(n int, between time.Duration) {
 		// Sometimes it stays away longer than the guest's requests take.
 		time.Sleep(time.Duration(rng.IntN(3)) * 100 * time.Millisecond)
 		e.restart()
-		e.Logf("kill %d: daemon answers again after %v", i+1, time.Since(killed).Round(time.Millisecond))
+		answers := time.Since(killed)
+		e.attached(volumes...)
+		e.Logf("kill %d: daemon answers again after %v, QEMU is back after %v", i+1,
+			answers.Round(time.Millisecond), time.Since(killed).Round(time.Millisecond))
 	}
+}
+
+// attached waits until a front end uses each of the volumes, and QEMU has had the
+// time to end its negotiation.
+func (e *env) attached(volumes ...string) {
+	e.Helper()
+	for _, v := range volumes {
+		e.poll("QEMU to use volume "+v, func() (bool, error) {
+			var show struct {
+				UsedBy string `json:"used_by"`
+			}
+			err := e.CLIJSON(e.ctx, &show, "volume", "show", v)
+			return show.UsedBy != "", err
+		})
+	}
+	time.Sleep(100 * time.Millisecond)
 }
 
 // tortureEnd waits for the guest's torture and reports the pauses it saw.
@@ -97,7 +119,7 @@ func TestP3KillUnderLoad(t *testing.T) {
 	e.must(vm.Background(e.ctx, "fio", fioMix))
 	e.must(vm.Background(e.ctx, "torture", "torture -device /dev/vdb -workers 16 -stop /tmp/stop -run 4m"))
 	time.Sleep(time.Second)
-	e.kills(8, 2500*time.Millisecond)
+	e.kills(8, 2500*time.Millisecond, "a", "b")
 	e.guest(vm, "touch /tmp/stop")
 	e.tortureEnd(vm, "torture")
 	e.Log(e.ok(vm.Join(e.ctx, "fio")))
@@ -115,11 +137,16 @@ func TestP3KillFullRing(t *testing.T) {
 			e := start(t)
 			e.must(e.Create(e.ctx, "a", "256M"))
 			d := e.disk("a", 1)
-			d.QueueSize, d.Options = 64, "indirect_desc="+indirect
+			// The ring must hold the largest request without an indirect table,
+			// else the guest's driver waits forever for room.
+			d.QueueSize, d.Options = 128, "indirect_desc="+indirect
 			vm := e.boot(qemu.Options{Disks: []qemu.Disk{d}})
-			e.must(vm.Background(e.ctx, "torture", "torture -workers 80 -span-mib 2 -stop /tmp/stop -run 4m"))
+			e.must(vm.Background(e.ctx, "torture", "torture -workers 160 -span-mib 1 -stop /tmp/stop -run 4m"))
 			time.Sleep(time.Second)
-			e.kills(4, 1500*time.Millisecond)
+			e.kills(3, 1500*time.Millisecond, "a")
+			for range 3 {
+				e.freezeAndKill("a", vm)
+			}
 			e.guest(vm, "touch /tmp/stop")
 			e.tortureEnd(vm, "torture")
 			e.powerOff(vm)
@@ -127,29 +154,65 @@ func TestP3KillFullRing(t *testing.T) {
 	}
 }
 
-// TestP3KillBeforeFirstCompletion: the daemon dies around the very first requests
-// of a ring. The guest's driver lets go of the disk and takes it again, which
-// makes new rings and reads the partition table through them.
+// TestP3KillBeforeFirstCompletion: a daemon dies with requests in the ring of
+// which it has not completed a single one, nor has the guest's driver seen any
+// completion since the daemon before.
 func TestP3KillBeforeFirstCompletion(t *testing.T) {
 	e := start(t)
 	e.must(e.Create(e.ctx, "a", "64M"))
 	vm := e.boot(qemu.Options{Disks: []qemu.Disk{e.disk("a", 1)}})
-	e.guest(vm, "dd if=/dev/zero bs=1M count=1 2>/dev/null | tr '\\0' 'S' | dd of=/dev/vda oflag=direct bs=1M 2>/dev/null")
-	for i := range 6 {
-		e.must(vm.Background(e.ctx, "bind", `
-cd /sys/bus/virtio/drivers/virtio_blk
-d=$(ls -d virtio*)
-echo $d >unbind
-echo $d >bind
-dd if=/dev/vda iflag=direct bs=1M count=1 2>/dev/null | tr -d S | wc -c`))
-		time.Sleep(time.Duration(i*i) * 3 * time.Millisecond)
+	for range 3 {
 		e.must(e.Daemon.Kill())
 		e.restart()
-		if out := e.ok(vm.Join(e.ctx, "bind")); out != "0\n" {
-			e.Fatalf("round %d: bytes lost or read wrong: %s", i, out)
-		}
+		e.attached("a")
+		e.freeze()
+		e.must(vm.Background(e.ctx, "io", "fio --name=f --filename=/dev/vda --rw=randwrite --bs=4k --size=8m --direct=1 --ioengine=libaio "+
+			"--iodepth=32 --verify=crc32c --verify_fatal=1 --eta=never 2>&1"))
+		e.waitPiledUp(vm)
+		e.must(e.Daemon.Kill())
+		e.restart()
+		e.ok(vm.Join(e.ctx, "io"))
 	}
 	e.powerOff(vm)
+}
+
+// freeze stops the daemon's threads, so that what the guest submits stays in the ring.
+func (e *env) freeze() {
+	e.Helper()
+	e.must(syscall.Kill(e.Process().PID(), syscall.SIGSTOP))
+}
+
+// waitPiledUp waits until the guest's kernel has requests under way that nobody
+// completes, and no more of them join: the ring is full, or its users all wait.
+func (e *env) waitPiledUp(vm *qemu.VM) {
+	e.Helper()
+	same, last := 0, 0
+	e.poll("requests to pile up", func() (bool, error) {
+		out, err := vm.Run(e.ctx, "cat /sys/block/vda/inflight")
+		if err != nil {
+			return false, err
+		}
+		var reads, writes int
+		if _, err := fmt.Sscan(out, &reads, &writes); err != nil {
+			return false, fmt.Errorf("%q: %w", out, err)
+		}
+		if same++; reads+writes != last || last == 0 {
+			same, last = 0, reads+writes
+		}
+		return same >= 5, nil
+	})
+	e.Logf("%d requests pile up", last)
+}
+
+// freezeAndKill kills the daemon when the frozen ring has filled up.
+func (e *env) freezeAndKill(volume string, vm *qemu.VM) {
+	e.Helper()
+	e.freeze()
+	e.waitPiledUp(vm)
+	e.must(e.Daemon.Kill())
+	e.restart()
+	e.attached(volume)
+	time.Sleep(200 * time.Millisecond)
 }
 
 // TestP3Upgrade: the daemon is stopped and a rebuilt one takes over, back and
@@ -172,6 +235,7 @@ func TestP3Upgrade(t *testing.T) {
 			e.Programs = first
 		}
 		e.restart()
+		e.attached("a")
 	}
 	e.guest(vm, "touch /tmp/stop")
 	e.tortureEnd(vm, "torture")
