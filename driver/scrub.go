@@ -228,6 +228,8 @@ func (v *Volume) move(ctx context.Context, batch []moving) error {
 		case <-time.After(10 * time.Millisecond):
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-v.ctx.Done():
+			return block.ErrClosed
 		}
 	}
 	buf := make([]byte, len(batch)*block.ClusterSize)
