@@ -34,6 +34,11 @@ func (v *Volume) findSCO(ctx context.Context, n uint64, inv *inventory) (*replay
 		if err != nil {
 			return nil, err
 		}
+		if s != nil && !inv.uploaded[n] {
+			if err := v.sealAgain(s.meta); err != nil {
+				return nil, err
+			}
+		}
 		if s != nil {
 			s.meta.uploaded = inv.uploaded[n]
 			v.releaseFound(chunks)
@@ -54,6 +59,24 @@ func (v *Volume) findSCO(ctx context.Context, n uint64, inv *inventory) (*replay
 		return v.loadOpenFile(n)
 	}
 	return nil, nil
+}
+
+// sealAgain repeats the last step of a seal, as the daemon that did it may have
+// died before its sync, or have had that fail: without the truncation a loss of
+// power would bring the open format back, with the records elsewhere.
+func (v *Volume) sealAgain(m *scoMeta) error {
+	f, err := v.eng.cfg.FS.Open(v.scoPath(m.number), 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.Truncate(m.size); err != nil {
+		return fmt.Errorf("SCO %d: truncate to %d: %w", m.number, m.size, err)
+	}
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("SCO %d: %w", m.number, err)
+	}
+	return nil
 }
 
 func (v *Volume) sealedSCO(t sco.Trailer, r io.ReaderAt) (*replaySCO, error) {
