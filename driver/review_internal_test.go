@@ -168,8 +168,10 @@ func TestConditionsFlap(t *testing.T) {
 // TestUsers: shut waits for those who are inside and lets nobody in.
 func TestUsers(t *testing.T) {
 	var u users
-	if !u.add() || !u.add() {
-		t.Fatal("not let in")
+	for range 2 {
+		if !u.add() {
+			t.Fatal("not let in")
+		}
 	}
 	shut := make(chan struct{})
 	go func() {

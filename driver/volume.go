@@ -311,7 +311,8 @@ func (v *Volume) Close(ctx context.Context) error {
 	// store with the checkpoints locked, and the scrubber writes to the log.
 	v.ckpt.stop()
 	v.house.Lock()
-	v.house.Unlock() // whoever comes later sees closing
+	//lint:ignore SA2001 this only waits: whoever comes later sees closing
+	v.house.Unlock()
 	v.users.shut()
 	v.pending.Wait()
 	var err error
