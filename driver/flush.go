@@ -184,6 +184,9 @@ func (v *Volume) wantSpill() bool {
 
 // ioFailed explains why background writing does not get on; it is tried again.
 func (v *Volume) ioFailed(err error) {
+	if v.failed.Load() {
+		return // "sync-failed" says it, and nothing is tried again
+	}
 	if errors.Is(err, syscall.ENOSPC) {
 		v.eng.evictForRoom(v.scoDir())
 		v.raise("disk-full", "the local disk under %s is full: the log can't be written out; writes pause when the write buffer is full and resume by themselves when there is room (%v)", v.dir, err)

@@ -74,7 +74,7 @@ func TestP1FailedSyncIsFinal(t *testing.T) {
 				t.Fatalf("a later write of part of a cluster: %v", err)
 			}
 		}
-		if !r.has("sync-failed") {
+		if !r.has("sync-failed") || r.has("disk-error") {
 			t.Fatalf("conditions: %v", r.vol.Stats().Conditions)
 		}
 		if hasCondition(other, "sync-failed") {
