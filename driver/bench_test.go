@@ -110,7 +110,7 @@ func BenchmarkOpen1TiB(b *testing.B) {
 		w.eng.Abandon()
 		w.start()
 		begin = time.Now()
-		v = w.open()
+		w.open()
 		killed += time.Since(begin)
 		w.stop()
 	}

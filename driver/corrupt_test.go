@@ -163,9 +163,8 @@ func TestP5Damage(t *testing.T) {
 						}
 						return
 					}
-					counted := r.vol.Stats().ChecksumErrors
 					failed := r.readDamaged(s)
-					counted = r.vol.Stats().ChecksumErrors
+					counted := r.vol.Stats().ChecksumErrors
 					if failed > 0 && !linked {
 						t.Errorf("%+v: %d clusters can't be read although there is a second copy", s, failed)
 					}
