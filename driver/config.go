@@ -87,8 +87,10 @@ type Condition struct {
 // Stats is a snapshot of a volume's counters. Bytes and counts grow until the
 // daemon ends; the space figures are current.
 type Stats struct {
-	Ops   [5]OpStats `json:"-"` // by block.Op
-	Space Space      `json:"space"`
+	Ops [5]OpStats `json:"-"` // by block.Op
+	// Latencies are the stages that were passed at all.
+	Latencies []Latency `json:"-"`
+	Space     Space     `json:"space"`
 
 	LogHeadBytes    uint64 `json:"log_head_bytes"`    // in SCOs that are not sealed yet
 	UploadBacklog   uint64 `json:"upload_backlog"`    // bytes of closed SCOs not yet in the store

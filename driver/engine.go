@@ -35,6 +35,7 @@ type Engine struct {
 	files *fileCache
 
 	adopted bool
+	drained atomic.Bool
 	nice    niceness
 
 	now        atomic.Int64 // Unix nanoseconds, a second exact; for the hot path
@@ -88,6 +89,10 @@ func OpenEngine(_ context.Context, cfg Config) (*Engine, error) {
 
 // Adopted reports whether the pool of an earlier daemon was found.
 func (e *Engine) Adopted() bool { return e.adopted }
+
+// Drained reports, after Close, whether the pool holds nothing any more that the
+// next start needs.
+func (e *Engine) Drained() bool { return e.drained.Load() }
 
 // Pending lists the volumes that have data in the pool and are not open.
 func (e *Engine) Pending() []uuid.UUID {
@@ -333,6 +338,7 @@ func (e *Engine) Close(ctx context.Context) error {
 	wg.Wait()
 	close(e.stop)
 	e.stopped.Wait()
+	e.drained.Store(e.pool.dirty.Load() == 0)
 	errs = append(errs, e.pool.mapping.Close(), e.cache.Close())
 	return errors.Join(errs...)
 }

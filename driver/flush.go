@@ -21,11 +21,17 @@ type ioState struct {
 	mu      sync.Mutex
 	running bool
 	again   bool
-	waiters []*block.Request // flushes and FUA writes
-	spill   bool             // write everything out, without a sync
+	waiters []flushWaiter
+	spill   bool // write everything out, without a sync
 
 	stopped   bool // no goroutine may be started any more
 	uploading atomic.Bool
+}
+
+// flushWaiter is a flush or a FUA write.
+type flushWaiter struct {
+	r     *block.Request
+	since time.Time
 }
 
 // flushLater lets r end when everything that is in the log now is durable.
@@ -33,7 +39,7 @@ func (v *Volume) flushLater(r *block.Request) {
 	v.io.mu.Lock()
 	stopped := v.io.stopped
 	if !stopped {
-		v.io.waiters = append(v.io.waiters, r)
+		v.io.waiters = append(v.io.waiters, flushWaiter{r, time.Now()})
 	}
 	v.io.mu.Unlock()
 	if stopped { // it came while the volume was being closed
@@ -100,8 +106,9 @@ func (v *Volume) ioLoop() {
 		v.eng.nice.set(len(waiters) == 0 && v.eng.pool.fill() < throttleAt)
 		if len(waiters) > 0 {
 			err := v.syncAll()
-			for _, r := range waiters {
-				v.end(r, err)
+			for _, w := range waiters {
+				v.stats.stages[StageFlush].since(w.since)
+				v.end(w.r, err)
 			}
 			if v.unsealedCount() > maxUnsealed {
 				// Flushes without a pause must not keep SCOs from being sealed.
@@ -281,7 +288,9 @@ func (v *Volume) writeChunks(l *logSCO, clusters uint32) error {
 			blocks += k
 		}
 	}
+	start := time.Now()
 	bytes, err := l.file.WriteVecAt(vec[:n], sco.DataOff(from))
+	v.stats.stages[StageSpill].since(start)
 	v.stats.spilled.Add(uint64(bytes))
 	l.blocksC = max(l.blocksC, blocks)
 	if err != nil {
@@ -496,6 +505,7 @@ func (v *Volume) trySync(target *logSCO, records uint32) error {
 // kernel could not write it may have dropped, and a later sync would not say so.
 func (v *Volume) syncFile(l *logSCO) error {
 	v.stats.syncs.Add(1)
+	defer v.stats.stages[StageSync].since(time.Now())
 	if err := l.file.Sync(); err != nil {
 		return v.syncFailed(l, err)
 	}

@@ -150,7 +150,13 @@ func openPool(fs vfs.FS, name string, size int64, bootID string) (p *pool, adopt
 		}
 		if old, err := decodePoolHeader(head, bootID); err == nil && old >= minPoolChunks &&
 			have >= int64(poolBase(old))+int64(old)*chunkBytes {
-			n, adopted = old, true
+			used, err := chunksInUse(f, old)
+			if err != nil {
+				return nil, false, fmt.Errorf("write buffer: %w", err)
+			}
+			if used || old == n { // else it is made anew in the size that is wanted now
+				n, adopted = old, true
+			}
 		}
 	}
 	total := int64(poolBase(n)) + int64(n)*chunkBytes
@@ -183,6 +189,20 @@ func openPool(fs vfs.FS, name string, size int64, bootID string) (p *pool, adopt
 		}
 	}
 	return p, adopted, nil
+}
+
+// chunksInUse reports whether a pool file of n chunks holds anything.
+func chunksInUse(f vfs.File, n uint32) (bool, error) {
+	b := make([]byte, int(n)*descriptorLen)
+	if _, err := f.ReadAt(b, poolHeader); err != nil {
+		return false, err
+	}
+	for ; len(b) > 0; b = b[descriptorLen:] {
+		if binary.LittleEndian.Uint32(b[28:]) != uint32(chunkFree) {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // scan sorts the chunks of an adopted pool into free and found ones.

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"runtime/debug"
 	"sync"
+	"time"
 
 	"scoria/driver/block"
 	"scoria/driver/lba"
@@ -149,7 +150,10 @@ var bufferPool = sync.Pool{New: func() any { return new([maxRunClusters * block.
 // into private memory, verified, and only then copied to the peer.
 func (v *Volume) readSlow(r *block.Request) {
 	debug.SetPanicOnFault(true)
-	v.end(r, v.readSlowly(r))
+	start := time.Now()
+	err := v.readSlowly(r)
+	v.stats.stages[StageRead].since(start)
+	v.end(r, err)
 }
 
 func (v *Volume) readSlowly(r *block.Request) (err error) {

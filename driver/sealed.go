@@ -41,6 +41,7 @@ func (v *Volume) readSealed(ctx context.Context, loc lba.Location, n uint32, buf
 	}
 	err := v.readVerified(number, first, p, func(b []byte, off int64) error {
 		v.stats.storeRead.Add(uint64(len(b)))
+		defer v.stats.stages[StageStore].since(time.Now())
 		return v.cfg.Store.ReadAt(ctx, v.namespace(), scoObject(number), b, off)
 	}, m)
 	if err == nil {
@@ -218,6 +219,7 @@ func (v *Volume) uploadOne(m *scoMeta) error {
 	}
 	defer release()
 	v.putSince.Store(time.Now().UnixNano())
+	defer v.stats.stages[StageStore].since(time.Now())
 	err = v.cfg.Store.Put(v.ctx, v.namespace(), scoObject(m.number), v.cfg.Epoch,
 		Object{Data: f, Size: m.size, LocalPath: v.scoPath(m.number)})
 	v.putSince.Store(0)

@@ -13,6 +13,11 @@ func (v *Volume) Stats() Stats {
 		o := &v.stats.ops[i]
 		s.Ops[i] = OpStats{Count: o.count.Load(), Bytes: o.bytes.Load(), Errors: o.errors.Load()}
 	}
+	for i := range v.stats.stages {
+		if l := v.stats.stages[i].snapshot(Stage(i)); l.Count > 0 {
+			s.Latencies = append(s.Latencies, l)
+		}
+	}
 	s.SyncCount = v.stats.syncs.Load()
 	s.SpilledBytes = v.stats.spilled.Load()
 	s.ScrubbedBytes = v.stats.scrubbed.Load()

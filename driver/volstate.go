@@ -244,6 +244,7 @@ func (o *opCounters) add(n, bytes uint64) {
 }
 
 type counters struct {
+	stages         [stageCount]latency
 	ops            [5]opCounters
 	syncs          atomic.Uint64
 	spilled        atomic.Uint64

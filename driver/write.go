@@ -257,8 +257,9 @@ func (l *logSCO) releaseChunks() {
 
 // parkedWrite is a write that waits, with how many clusters are done.
 type parkedWrite struct {
-	r    *block.Request
-	done uint32
+	r     *block.Request
+	done  uint32
+	since time.Time
 }
 
 // parkedQueue holds the writes that wait for room, oldest first.
@@ -336,7 +337,7 @@ func (v *Volume) writeLater(r *block.Request, done uint32) {
 		go v.writePartial(r)
 		return
 	}
-	if v.parked.push(&parkedWrite{r: r, done: done}) && !v.spawn(v.admit) {
+	if v.parked.push(&parkedWrite{r: r, done: done, since: time.Now()}) && !v.spawn(v.admit) {
 		// It came while the volume was being closed.
 		for p := v.parked.pop(); p != nil; p = v.parked.pop() {
 			v.end(p.r, block.ErrClosed)
@@ -369,6 +370,7 @@ func (v *Volume) admit() {
 			v.waitRoom(room)
 			continue
 		}
+		v.stats.stages[StageLog].since(p.since)
 		if err == nil && p.r.Flags&block.FUA != 0 {
 			v.flushLater(p.r)
 		} else {

@@ -20,6 +20,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"scoria/driver"
+	"scoria/driver/cache"
 )
 
 // DefaultConfigFile is where scoriad looks for its configuration.
@@ -144,8 +145,10 @@ type WriteBufferConfig struct {
 
 // CacheConfig is section [cache].
 type CacheConfig struct {
-	Local Size `toml:"local" comment:"Disk space under data_dir for local copies of data that is in the store already."`
-	Read  Size `toml:"read" comment:"Memory for data read back from disk or store."`
+	Local   Size `toml:"local" comment:"Disk space under data_dir for local copies of data that is in the store already."`
+	Read    Size `toml:"read" comment:"Memory for data read back from disk or store."`
+	SSD     Size `toml:"ssd" comment:"A second tier behind that memory, in a file under data_dir; 0: none."`
+	Reserve Size `toml:"reserve" comment:"Disk space that is left for what gives room back: writers pause that many bytes\nbefore the disk is full."`
 }
 
 // VhostConfig is section [vhost].
@@ -173,7 +176,7 @@ func DefaultConfig() Config {
 		RunDir:  "/run/scoria",
 		Log:     LogConfig{Level: "info", Format: "auto"},
 		Sockets: SocketsConfig{Mode: 0o660},
-		Cache:   CacheConfig{Local: 10 << 30, Read: 64 << 20},
+		Cache:   CacheConfig{Local: 10 << 30, Read: 64 << 20, Reserve: 256 << 20},
 		Vhost:   VhostConfig{Poll: Duration(50 * time.Microsecond), PollShare: 1},
 		NBD:     NBDConfig{Enabled: true},
 		Pool:    PoolConfig{BlockSize: 512, SCOSize: driver.DefaultSCOBytes},
@@ -265,6 +268,10 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("pool.sco_size %s: must be a multiple of 1M from 1M to 1G", c.Pool.SCOSize)
 	case c.Cache.Local > math.MaxInt64 || c.Cache.Read > 1<<40:
 		return fmt.Errorf("cache.read %s: must be at most 1TiB", c.Cache.Read)
+	case c.Cache.SSD != 0 && c.Cache.SSD < cache.MinSSDBytes || c.Cache.SSD > 1<<42:
+		return fmt.Errorf("cache.ssd %s: must be 0 or from %s to 4TiB", c.Cache.SSD, Size(cache.MinSSDBytes))
+	case c.Cache.Reserve > 1<<40:
+		return fmt.Errorf("cache.reserve %s: must be at most 1TiB", c.Cache.Reserve)
 	}
 	return nil
 }

@@ -96,6 +96,7 @@ func (e *fakeEngine) CheckVolume(ctx context.Context, c driver.VolumeConfig, pro
 }
 
 func (e *fakeEngine) Adopted() bool               { return false }
+func (e *fakeEngine) Drained() bool               { return true }
 func (e *fakeEngine) Pending() []uuid.UUID        { return nil }
 func (e *fakeEngine) Close(context.Context) error { return nil }
 

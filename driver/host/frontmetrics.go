@@ -61,16 +61,7 @@ func (c *frontCollector) Collect(ch chan<- prometheus.Metric) {
 			if h.Count == 0 {
 				continue
 			}
-			// Prometheus wants totals up to each bound. From 1 µs to 17 s is enough.
-			buckets := map[float64]uint64{}
-			var sum uint64
-			for i, n := range h.Buckets {
-				sum += n
-				if bound := h.UpperBound(i); i >= 10 && i <= 34 {
-					buckets[bound.Seconds()] = sum
-				}
-			}
-			ch <- prometheus.MustNewConstHistogram(c.latency, h.Count, h.Sum.Seconds(), buckets, st.Name, block.Op(op).String(), "ring")
+			ch <- prometheus.MustNewConstHistogram(c.latency, h.Count, h.Sum.Seconds(), cumulate(h.Buckets[:]), st.Name, block.Op(op).String(), "ring")
 		}
 	}
 	var polled float64

@@ -139,6 +139,7 @@ func (h *Host) openParts(ctx context.Context, fsys vfs.FS) error {
 	h.engine, err = OpenEngine(ctx, driver.Config{
 		FS: fsys, DataDir: h.config.DataDir, PoolFile: h.pool, PoolBytes: h.poolLen,
 		CacheBytes: int64(h.config.Cache.Local), ReadCacheBytes: int64(h.config.Cache.Read),
+		SSDCacheBytes: int64(h.config.Cache.SSD), ReserveBytes: int64(h.config.Cache.Reserve),
 		Log: h.log,
 	})
 	if err != nil {
@@ -180,8 +181,8 @@ func (h *Host) planWriteBuffer(fsys vfs.FS, bootID string) poolPlan {
 	return plan
 }
 
-// closeEngine closes the volumes. The engine removes the write buffer if nothing
-// in it is needed any more; only then the run was a clean one.
+// closeEngine closes the volumes. The run was a clean one only if nothing in the
+// write buffer is needed any more; its file stays for a quick next start.
 func (h *Host) closeEngine(fsys vfs.FS) error {
 	if h.busy {
 		// A volume closed under requests would fail them, and a guest would see an
@@ -193,9 +194,8 @@ func (h *Host) closeEngine(fsys vfs.FS) error {
 	if err := h.engine.Close(ctx); err != nil {
 		return fmt.Errorf("volumes were not closed in order; the next start recovers them: %w", err)
 	}
-	_, err := fsys.Stat(h.pool)
-	if !errors.Is(err, os.ErrNotExist) {
-		h.log.Warn().AnErr("error", err).Str("file", h.pool).Msg("the write buffer still has data of volumes that were not opened or have failed; it is kept for the next start, do not remove it")
+	if !h.engine.Drained() {
+		h.log.Warn().Str("file", h.pool).Msg("the write buffer still has data of volumes that were not opened or have failed; it is kept for the next start, do not remove it")
 		return nil
 	}
 	h.id.Clean = true

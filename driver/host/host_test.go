@@ -100,7 +100,7 @@ func TestHostLife(t *testing.T) {
 		t.Fatalf("metrics lack the write:\n%s", text)
 	}
 	stopHost(t, h)
-	for _, s := range []string{c.controlSocket(), c.nbdSocket(), c.vhostSocket("default", "vm1"), h.pool} {
+	for _, s := range []string{c.controlSocket(), c.nbdSocket(), c.vhostSocket("default", "vm1")} {
 		if _, err := os.Lstat(s); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s is left behind: %v", s, err)
 		}
@@ -223,6 +223,9 @@ func TestP3LostWriteBufferIsSaid(t *testing.T) {
 	stopHost(t, h)
 	boot, err := readBootID()
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(h.pool); err != nil {
 		t.Fatal(err)
 	}
 	in := h.id

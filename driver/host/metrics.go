@@ -2,6 +2,7 @@ package host
 
 import (
 	"net/http"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -15,8 +16,8 @@ import (
 type collector struct {
 	volumes *VolumeSet
 
-	info, conditions, ops, bytes, errors, space, size, inUse, counters, open *prometheus.Desc
-	version, instance                                                        string
+	info, conditions, ops, bytes, errors, space, size, inUse, counters, open, stages *prometheus.Desc
+	version, instance                                                                string
 }
 
 func newCollector(v *VolumeSet, version, instance string) *collector {
@@ -32,6 +33,7 @@ func newCollector(v *VolumeSet, version, instance string) *collector {
 		bytes:      desc("volume_bytes_total", "Bytes of requests that have ended.", "volume", "op"),
 		errors:     desc("volume_errors_total", "Requests that have failed.", "volume", "op"),
 		space:      desc("volume_space_bytes", "What a volume occupies, by kind.", "volume", "kind"),
+		stages:     desc("stage_seconds", "Time in the engine by stage: log (a write that had to wait), flush, sync, spill, read (not from RAM), store.", "volume", "stage"),
 		size:       desc("volume_size_bytes", "Size of a volume as the guest sees it.", "volume"),
 		inUse:      desc("volume_in_use", "1 if a front end writes to the volume.", "volume"),
 		counters:   desc("volume_counter", "Everything else that the engine counts, by the names of `scoria volume stats`.", "volume", "name"),
@@ -40,7 +42,7 @@ func newCollector(v *VolumeSet, version, instance string) *collector {
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.info, c.conditions, c.ops, c.bytes, c.errors, c.space, c.size, c.inUse, c.counters, c.open} {
+	for _, d := range []*prometheus.Desc{c.info, c.conditions, c.ops, c.bytes, c.errors, c.space, c.size, c.inUse, c.counters, c.open, c.stages} {
 		ch <- d
 	}
 }
@@ -75,6 +77,10 @@ func (c *collector) volume(ch chan<- prometheus.Metric, name string, dev Volume)
 	for kind, n := range spaceKinds(st.Space) {
 		gauge(c.space, float64(n), kind)
 	}
+	for i := range st.Latencies {
+		l := &st.Latencies[i]
+		ch <- prometheus.MustNewConstHistogram(c.stages, l.Count, l.Sum.Seconds(), cumulate(l.Buckets[:]), name, l.Stage.String())
+	}
 	seen := map[string]bool{} // a code twice would be a duplicate metric
 	for _, cond := range st.Conditions {
 		if !seen[cond.Code] {
@@ -91,6 +97,20 @@ func (c *collector) volume(ch chan<- prometheus.Metric, name string, dev Volume)
 		// Some are totals, some are levels; which is said where they are defined.
 		ch <- prometheus.MustNewConstMetric(c.counters, prometheus.UntypedValue, float64(v), name, n)
 	}
+}
+
+// cumulate turns buckets by powers of two of a nanosecond into Prometheus's
+// totals up to each bound. From 1 µs to 17 s is enough.
+func cumulate(buckets []uint64) map[float64]uint64 {
+	out := map[float64]uint64{}
+	var sum uint64
+	for i, n := range buckets {
+		sum += n
+		if i >= 10 && i <= 34 {
+			out[(time.Duration(1) << i).Seconds()] = sum
+		}
+	}
+	return out
 }
 
 func spaceKinds(s driver.Space) map[string]uint64 {

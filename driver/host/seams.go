@@ -21,6 +21,8 @@ type Engine interface {
 	// Pending lists the volumes that have data there and are not open.
 	Pending() []uuid.UUID
 	Close(ctx context.Context) error
+	// Drained says, after Close, that the write buffer holds nothing any more.
+	Drained() bool
 }
 
 // Volume is what the daemon asks of driver.Volume.
