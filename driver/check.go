@@ -114,7 +114,7 @@ func (v *Volume) checkAll(ctx context.Context, rep *CheckReport, progress func(d
 func (v *Volume) checkSealed(ctx context.Context, m *scoMeta, rep *CheckReport) error {
 	rep.SCOs++
 	v.metaMu.Lock()
-	local, uploaded := m.local, m.uploaded
+	local := m.local
 	v.metaMu.Unlock()
 	var records []tlog.Record
 	if local {
@@ -122,10 +122,13 @@ func (v *Volume) checkSealed(ctx context.Context, m *scoMeta, rep *CheckReport) 
 		if err == nil {
 			records = v.checkCopy(ctx, m, "local copy", f, rep)
 			release()
-		} else if !errors.Is(err, fs.ErrNotExist) { // else it was evicted meanwhile
+		} else if !errors.Is(err, fs.ErrNotExist) { // else it was uploaded and evicted meanwhile
 			rep.problem("SCO %d: local copy: %v", m.number, err)
 		}
 	}
+	v.metaMu.Lock()
+	local, uploaded := m.local, m.uploaded
+	v.metaMu.Unlock()
 	if uploaded {
 		if r := v.checkCopy(ctx, m, "store's copy", storeObject{ctx, v, scoObject(m.number)}, rep); records == nil {
 			records = r
@@ -134,7 +137,7 @@ func (v *Volume) checkSealed(ctx context.Context, m *scoMeta, rep *CheckReport) 
 	if !local && !uploaded {
 		rep.problem("SCO %d: neither a local copy nor one in the store", m.number)
 	}
-	if err := ctx.Err(); err != nil {
+	if err := ctx.Err(); err != nil || records == nil {
 		return err
 	}
 	return v.checkLive(ctx, m.number, records, rep)
