@@ -1,0 +1,91 @@
+package driver
+
+import (
+	"fmt"
+
+	"scoria/alba/vfs"
+	"scoria/driver/sco"
+)
+
+// sealFile writes records, CRC table and trailer behind the clusters and makes
+// the file final. The order matters: a crash before the truncation finds the
+// open format, one after it the trailer at the end of the file.
+func sealFile(f vfs.File, h *sco.Header, clusters, records uint32, encoded []byte, crcs []uint32, sync func() error) (*scoMeta, error) {
+	t, footer := h.Footer(clusters, records, encoded, crcs)
+	if _, err := f.WriteAt(aligned(footer), t.RecordOff); err != nil {
+		return nil, fmt.Errorf("write footer: %w", err)
+	}
+	if err := sync(); err != nil {
+		return nil, err
+	}
+	if err := f.Truncate(t.Size()); err != nil {
+		return nil, fmt.Errorf("truncate to %d: %w", t.Size(), err)
+	}
+	if err := sync(); err != nil {
+		return nil, err
+	}
+	return &scoMeta{number: t.Number, clusters: clusters, records: records, crcOff: t.CRCOff, size: t.Size(), local: true}, nil
+}
+
+// seal makes a closed SCO's file final. Caller holds ioMu.
+func (v *Volume) seal(l *logSCO) error {
+	records, clusters := unpack(l.head.Load())
+	if records == 0 {
+		// Nothing was ever logged here (a clean stop): forget it.
+		v.metaMu.Lock()
+		v.unlist(l)
+		v.metaMu.Unlock()
+		return nil
+	}
+	if err := v.ensureFile(l); err != nil {
+		return err
+	}
+	encoded := make([]byte, 0, sco.RecordBytes(records)+chunkBytes)
+	for slot := range divUp(records, chunkRecords) {
+		encoded = append(encoded, v.eng.pool.chunk(l.recs[slot].Load())...)
+	}
+	crcs := make([]uint32, clusters)
+	for i := range crcs {
+		if t := l.crcs[i/chunkClusters].Load(); t != nil {
+			crcs[i] = t[i%chunkClusters].Load()
+		}
+	}
+	l.unsynced = true
+	m, err := sealFile(l.file, &l.hdr, clusters, records, encoded, crcs, func() error { return v.syncFile(l) })
+	if err != nil {
+		return fmt.Errorf("SCO %d: %w", l.hdr.Number, err)
+	}
+	l.durable.Store(records)
+	v.stats.spilled.Add(uint64(m.size - m.crcOff + sco.RecordBytes(records)))
+	v.metaMu.Lock() // a checkpoint sees it here or there, not twice
+	v.scos[m.number] = m
+	v.unlist(l)
+	v.metaMu.Unlock()
+	for slot := range l.recs {
+		v.eng.pool.releaseOf(l, chunkRecs, uint32(slot))
+	}
+	for slot := range l.data {
+		v.eng.pool.markClean(l, uint32(slot))
+	}
+	l.sealed.Store(true)
+	v.eng.files.put(fileKey{v.tag, m.number}, *l.reader.Swap(nil))
+	for i := range l.crcs {
+		l.crcs[i].Store(nil) // the file has them now
+	}
+	if err := l.file.Close(); err != nil {
+		v.log.Warn().Uint64("sco", m.number).Err(err).Msg("close after sealing")
+	}
+	v.eng.addLocal(m.size)
+	v.kickUpload()
+	return nil
+}
+
+// unlist takes l from the SCOs that are not sealed. Caller holds metaMu.
+func (v *Volume) unlist(l *logSCO) {
+	for i, o := range v.unsealed {
+		if o == l {
+			v.unsealed = append(v.unsealed[:i:i], v.unsealed[i+1:]...)
+			return
+		}
+	}
+}

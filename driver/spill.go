@@ -1,0 +1,215 @@
+package driver
+
+import (
+	"fmt"
+	"sync"
+	"syscall"
+	"time"
+
+	"scoria/alba/vfs"
+	"scoria/driver/block"
+	"scoria/driver/sco"
+	"scoria/driver/tlog"
+)
+
+// spillWhole writes whole chunks of the head, without records: spilledR must
+// never run ahead of the clusters that its records name. A cluster may still be
+// on its way into its chunk, so it waits for the records.
+func (v *Volume) spillWhole(l *logSCO, whole uint32) error {
+	records, _ := unpack(l.head.Load())
+	l.filled(l.spilledR, records, true)
+	return v.writeOut(l, l.spilledR, min(whole, l.spilledC+spillPiece))
+}
+
+// spill writes records up to records and the clusters that belong to them; at
+// most piece clusters if that is positive.
+func (v *Volume) spill(l *logSCO, records uint32, piece int) error {
+	l.filled(l.spilledR, records, true)
+	clusters := v.clustersBefore(l, records)
+	if piece > 0 && clusters > l.spilledC+uint32(piece) {
+		return v.writeOut(l, l.spilledR, l.spilledC+uint32(piece))
+	}
+	return v.writeOut(l, records, clusters)
+}
+
+// clustersBefore is how many clusters the first records use: clusters are
+// reserved in the order of the records.
+func (v *Volume) clustersBefore(l *logSCO, records uint32) uint32 {
+	for i := records; i > l.spilledR; i-- {
+		r, ok := tlog.Get(l.record(i-1), l.key, i-1)
+		if !ok {
+			panic(fmt.Sprintf("driver: SCO %d: record %d is filled but not valid", l.hdr.Number, i-1))
+		}
+		if r.Cluster != tlog.NoCluster {
+			return max(r.Cluster+1, l.spilledC)
+		}
+	}
+	return l.spilledC
+}
+
+// writeOut writes clusters [spilledC, clusters) and records [spilledR, records)
+// to the SCO's file. Caller holds ioMu.
+func (v *Volume) writeOut(l *logSCO, records, clusters uint32) error {
+	if err := v.ensureFile(l); err != nil {
+		return err
+	}
+	start := time.Now()
+	from := l.spilledC
+	for l.spilledC < clusters {
+		if err := v.writeChunks(l, clusters); err != nil {
+			return err
+		}
+	}
+	if clusters > from {
+		v.eng.spillRate(int(clusters-from), time.Since(start))
+	}
+	return v.writeRecords(l, records)
+}
+
+// maxVec is how many chunks one write to the disk takes together: 4 MiB.
+const maxVec = 16
+
+// aheadChunks of zeroes follow a small write into blocks that were never
+// written. The first write into an allocated block makes the file system log
+// that; when flushes come one by one, doing it for many blocks at once saves most
+// of each.
+const aheadChunks = 4
+
+var zeroes = aligned(make([]byte, chunkBytes))
+
+// writeChunks writes clusters from spilledC on, up to clusters or maxVec chunks.
+func (v *Volume) writeChunks(l *logSCO, clusters uint32) error {
+	var vec [maxVec + aheadChunks][]byte
+	var n int
+	from := l.spilledC
+	c := from
+	for ; n < maxVec && c < clusters; n++ {
+		slot, off := l.cluster(c)
+		k := min(chunkClusters-c%chunkClusters, clusters-c)
+		vec[n] = v.eng.pool.chunk(l.data[slot].Load())[off : off+int(k)*block.ClusterSize]
+		c += k
+	}
+	l.unsynced = true
+	blocks := c
+	if c-from < chunkClusters && c > l.blocksC {
+		for ; n < len(vec) && blocks < l.hdr.ClustersCap; n++ {
+			k := min(chunkClusters, l.hdr.ClustersCap-blocks)
+			vec[n] = zeroes[:k*block.ClusterSize]
+			blocks += k
+		}
+	}
+	start := time.Now()
+	bytes, err := l.file.WriteVecAt(vec[:n], sco.DataOff(from))
+	v.stats.stages[StageSpill].since(start)
+	v.stats.spilled.Add(uint64(bytes))
+	l.blocksC = max(l.blocksC, blocks)
+	if err != nil {
+		return fmt.Errorf("SCO %d: write %d clusters: %w", l.hdr.Number, c-from, err)
+	}
+	l.spilledC = c
+	for slot := from / chunkClusters; slot < divUp(c, chunkClusters); slot++ {
+		if (slot+1)*chunkClusters <= c || l.endsAt(c) {
+			v.eng.pool.markClean(l, slot)
+		}
+	}
+	return nil
+}
+
+// recordScratch is the size of the buffers that records are written from.
+const recordScratch = 64 << 10
+
+var recordBuffers = sync.Pool{New: func() any {
+	b := aligned(make([]byte, recordScratch))
+	return &b
+}}
+
+// writeRecords writes the pages that hold records [spilledR, records). The first
+// page repeats records that are durable already, with the same bytes: a torn
+// write can't hurt them.
+func (v *Volume) writeRecords(l *logSCO, records uint32) error {
+	const perPage = sco.Page / tlog.Size
+	for r := l.spilledR / perPage * perPage; r < records && l.spilledR < records; {
+		slot := r / chunkRecords
+		stop := min((records+perPage-1)/perPage*perPage, (slot+1)*chunkRecords)
+		b := v.eng.pool.chunk(l.recs[slot].Load())
+		stop = min(stop, r+recordScratch/tlog.Size)
+		// A copy: writers go on filling the last page, and what changes under a
+		// direct write upsets checksums and mirrors below.
+		scratch := recordBuffers.Get().(*[]byte)
+		data := (*scratch)[:copy(*scratch, b[int(r%chunkRecords)*tlog.Size:int(r%chunkRecords+stop-r)*tlog.Size])]
+		l.unsynced = true
+		_, err := l.file.WriteAt(data, l.hdr.RecordOff()+int64(r)*tlog.Size)
+		recordBuffers.Put(scratch)
+		if err != nil {
+			return fmt.Errorf("SCO %d: write records: %w", l.hdr.Number, err)
+		}
+		v.stats.spilled.Add(uint64(len(data)))
+		r = stop
+	}
+	l.spilledR = max(l.spilledR, records)
+	return nil
+}
+
+// ensureFile creates the SCO's file with room for all it can hold.
+func (v *Volume) ensureFile(l *logSCO) error {
+	if l.file != nil {
+		return nil
+	}
+	name := v.scoPath(l.hdr.Number)
+	free, err := v.eng.cfg.FS.Free(v.scoDir())
+	if err != nil {
+		return fmt.Errorf("create %s: %w", name, err)
+	}
+	// The last of the disk is for what gives room back: sealing, checkpoints.
+	if need := uint64(l.hdr.OpenSize() + v.eng.cfg.ReserveBytes); free < need {
+		return fmt.Errorf("create %s: %w: %d bytes are free, %d are needed with the reserve", name, syscall.ENOSPC, free, need)
+	}
+	f, err := v.eng.cfg.FS.Open(name, vfs.Create|vfs.Direct)
+	if err != nil {
+		return fmt.Errorf("create %s: %w", name, err)
+	}
+	err = f.Allocate(0, l.hdr.OpenSize())
+	if err == nil {
+		_, err = f.WriteAt(aligned(l.hdr.Encode()), 0)
+	}
+	if err == nil {
+		// The length must be durable before there can be a footer: a file that is
+		// shorter counts as sealed.
+		if serr := f.Sync(); serr != nil {
+			err = v.syncFailed(l, serr)
+		}
+	}
+	if err == nil {
+		err = v.eng.cfg.FS.SyncDir(v.scoDir())
+	}
+	if err == nil {
+		err = v.attach(l, f)
+	}
+	if err != nil {
+		f.Close()
+		return fmt.Errorf("create %s: %w", name, err)
+	}
+	return nil
+}
+
+// attach makes f, opened for direct writes, the file of l, and opens it a second
+// time for reads.
+func (v *Volume) attach(l *logSCO, f vfs.File) error {
+	r, err := v.eng.cfg.FS.Open(v.scoPath(l.hdr.Number), vfs.ReadOnly)
+	if err != nil {
+		return err
+	}
+	l.file = f
+	l.reader.Store(&r)
+	return nil
+}
+
+// closeFiles lets go of what attach took.
+func (l *logSCO) closeFiles() {
+	if l.file != nil {
+		l.file.Close()
+	}
+	if r := l.reader.Swap(nil); r != nil {
+		(*r).Close()
+	}
+}
