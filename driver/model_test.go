@@ -436,7 +436,7 @@ func randomWorld(t *testing.T, rng *rand.Rand) *world {
 // TestP2Model: random operations with clean restarts, kills and losses of power
 // in between give the answers of a flat model.
 func TestP2Model(t *testing.T) {
-	forSeeds(t, raced(20, 4), func(t *testing.T, rng *rand.Rand) {
+	forSeeds(t, raced(14, 4), func(t *testing.T, rng *rand.Rand) {
 		w := randomWorld(t, rng)
 		for range 400 {
 			if err := w.step(); err != nil {
@@ -470,7 +470,7 @@ func TestP2Model(t *testing.T) {
 // TestP2CrashAtEveryStep: the power goes or the daemon is killed between any two
 // calls to the disk.
 func TestP2CrashAtEveryStep(t *testing.T) {
-	forSeeds(t, raced(30, 5), func(t *testing.T, rng *rand.Rand) {
+	forSeeds(t, raced(20, 5), func(t *testing.T, rng *rand.Rand) {
 		w := randomWorld(t, rng)
 		for range 12 {
 			countdown := 1 + w.rng.IntN(150)
