@@ -124,7 +124,7 @@ func (w *worker) do(q *queue, f func()) bool {
 		w.guarded(q, f)
 	})
 	w.mu.Unlock()
-	w.hasOps.Store(true)
+	w.hasOps.Swap(true)
 	w.wake()
 	<-done
 	return true
@@ -381,7 +381,7 @@ func (w *worker) deactivate(i int) {
 
 // sleep waits for kicks and for wake.
 func (w *worker) sleep() {
-	w.sleeping.Store(true)
+	w.sleeping.Swap(true) // a full barrier, also under the race detector
 	if w.completed.Load() != nil || w.hasOps.Load() {
 		w.sleeping.Store(false)
 		return

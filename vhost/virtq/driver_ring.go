@@ -210,9 +210,9 @@ func (r *DriverRing) Publish() (kick bool) {
 		return false
 	}
 	r.published = now
-	// An exchange on amd64: the full barrier between the index and the look at
-	// what the device wants.
-	atomic.StoreUint32(r.availHead, uint32(now)<<16|uint32(r.flags))
+	// An exchange: the full barrier between the index and the look at what the
+	// device wants. (A store would do, were it not weaker under the race detector.)
+	atomic.SwapUint32(r.availHead, uint32(now)<<16|uint32(r.flags))
 	if r.eventIdx {
 		event := uint16(atomic.LoadUint32(r.availEvent))
 		return now-event-1 < now-old
@@ -266,7 +266,7 @@ func (r *DriverRing) release(head uint16) {
 // there is one already: then no call may come, and the caller polls again.
 func (r *DriverRing) EnableCall() (pending bool) {
 	if r.eventIdx {
-		atomic.StoreUint32(r.usedEvent, uint32(r.lastUsed))
+		atomic.SwapUint32(r.usedEvent, uint32(r.lastUsed)) // a full barrier, as in Publish
 	} else {
 		r.storeFlags(0)
 	}
@@ -280,7 +280,7 @@ func (r *DriverRing) EnableCallAfter(n uint16) (pending bool) {
 	if !r.eventIdx || n <= 1 {
 		return r.EnableCall()
 	}
-	atomic.StoreUint32(r.usedEvent, uint32(r.lastUsed+n-1))
+	atomic.SwapUint32(r.usedEvent, uint32(r.lastUsed+n-1))
 	return uint16(atomic.LoadUint32(r.usedHead)>>16)-r.lastUsed >= n
 }
 
@@ -297,7 +297,7 @@ func (r *DriverRing) DisableCall() {
 func (r *DriverRing) storeFlags(flags uint16) {
 	if r.flags != flags {
 		r.flags = flags
-		atomic.StoreUint32(r.availHead, uint32(r.published)<<16|uint32(flags))
+		atomic.SwapUint32(r.availHead, uint32(r.published)<<16|uint32(flags))
 	}
 }
 

@@ -80,7 +80,7 @@ func (v *view) storeUsedElem(i uint16, id, n uint32) {
 
 // storeUsedHead publishes, and is a full barrier.
 func (v *view) storeUsedHead(flags, idx uint16) {
-	atomic.StoreUint32(v.usedHead, uint32(idx)<<16|uint32(flags))
+	atomic.SwapUint32(v.usedHead, uint32(idx)<<16|uint32(flags))
 }
 
 func (v *view) loadUsedIdx() uint16 { return uint16(atomic.LoadUint32(v.usedHead) >> 16) }

@@ -45,7 +45,7 @@ func (q *ring) pass() int {
 	if first == q.last {
 		return 0
 	}
-	atomic.StoreUint32((*uint32)(q.at(q.used)), uint32(q.last)<<16)
+	atomic.SwapUint32((*uint32)(q.at(q.used)), uint32(q.last)<<16) // a full barrier before the look at the event
 	event := uint16(atomic.LoadUint32((*uint32)(q.at(q.avail + 4 + 2*q.size))))
 	if q.last-event-1 < q.last-first {
 		one := [8]byte{1}
