@@ -19,7 +19,8 @@ type ioState struct {
 	running bool
 	again   bool
 	waiters []flushWaiter
-	spill   bool // write everything out, without a sync
+	served  []flushWaiter // whom the sync under way is for
+	spill   bool          // write everything out, without a sync
 
 	stopped   bool // no goroutine may be started any more
 	uploading atomic.Bool
@@ -44,6 +45,28 @@ func (v *Volume) flushLater(r *block.Request) {
 		return
 	}
 	v.kickIO()
+}
+
+// cancelFlushes ends the flushes of owner: on a full disk they wait for room.
+func (v *Volume) cancelFlushes(owner any) {
+	var gone []flushWaiter
+	take := func(list []flushWaiter) (keep []flushWaiter) {
+		for _, w := range list {
+			if w.r.Owner == owner {
+				gone = append(gone, w)
+			} else {
+				keep = append(keep, w)
+			}
+		}
+		return keep
+	}
+	v.io.mu.Lock()
+	v.io.waiters = take(v.io.waiters)
+	v.io.served = take(v.io.served)
+	v.io.mu.Unlock()
+	for _, w := range gone {
+		v.end(w.r, block.ErrCanceled)
+	}
 }
 
 // nothingToFlush reports whether all that is in the log is durable already.
@@ -90,7 +113,7 @@ func (v *Volume) ioLoop() {
 	for {
 		v.io.mu.Lock()
 		waiters := v.io.waiters
-		v.io.waiters = nil
+		v.io.waiters, v.io.served = nil, waiters
 		again := v.io.again
 		v.io.again = false
 		if len(waiters) == 0 && !again {
@@ -103,6 +126,9 @@ func (v *Volume) ioLoop() {
 		v.eng.nice.set(len(waiters) == 0 && v.eng.pool.fill() < throttleAt)
 		if len(waiters) > 0 {
 			err := v.syncAll()
+			v.io.mu.Lock()
+			waiters, v.io.served = v.io.served, nil
+			v.io.mu.Unlock()
 			for _, w := range waiters {
 				v.stats.stages[StageFlush].since(w.since)
 				v.end(w.r, err)

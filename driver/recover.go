@@ -153,7 +153,8 @@ func (v *Volume) restoreCheckpoint(ctx context.Context, inv *inventory) error {
 	if err := v.m.RestoreDirectory(root.Directory, root.Mapped); err != nil {
 		return err
 	}
-	v.ckpt.sequence = root.Sequence
+	// findRoot has seen newer ones if this is one that it fell back to.
+	v.ckpt.sequence = max(v.ckpt.sequence, root.Sequence)
 	v.ckpt.pos = position{root.LogSCO, uint32(root.LogRecord)}
 	table, err := decodeTable(root.Blob)
 	if err != nil {
@@ -260,6 +261,10 @@ func (v *Volume) findRoot(ctx context.Context) (*lba.Root, error) {
 			}
 		case strings.HasPrefix(n, rootPrefix):
 			roots = append(roots, n)
+			var sequence uint64
+			if _, err := fmt.Sscanf(n, rootPrefix+"%016x", &sequence); err == nil {
+				v.ckpt.sequence = max(v.ckpt.sequence, sequence)
+			}
 		case strings.HasPrefix(n, pagesPrefix):
 			if _, err := fmt.Sscanf(n, pagesPrefix+"%08x", &object); err == nil {
 				v.ckpt.object = max(v.ckpt.object, object)

@@ -202,6 +202,7 @@ func (v *Volume) Cancel(owner any) {
 		v.end(p.r, block.ErrCanceled)
 	}
 	v.waiting.cancel(owner)
+	v.cancelFlushes(owner)
 }
 
 // Resize changes the size. Growing takes effect at once and is announced to the
