@@ -55,7 +55,7 @@ func TestP8DiskFull(t *testing.T) {
 func smallDisk(t *testing.T, size string) string {
 	t.Helper()
 	dir := scratch(t, false)
-	img, at := filepath.Join(dir, "img"), filepath.Join(dir, "mnt")
+	img, at := filepath.Join(dir, "img"), filepath.Join(dir, bed.MountPoint)
 	if err := os.Mkdir(at, 0o755); err != nil {
 		t.Fatal(err)
 	}

@@ -12,8 +12,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 )
 
 var root = sync.OnceValues(func() (string, error) {
@@ -48,14 +50,54 @@ func CacheDir() (string, error) {
 
 // ScratchDir makes a directory with a name short enough for Unix sockets in it
 // (108 bytes). On tmpfs if ram is true: sockets and the log's head belong there.
+// What earlier test processes left behind when they were killed goes first.
 func ScratchDir(ram bool) (string, error) {
-	base := ""
+	base := os.TempDir()
 	if ram {
-		if st, err := os.Stat("/dev/shm"); err == nil && st.IsDir() {
-			base = "/dev/shm"
+		base = RAMDir()
+	}
+	if err := removeOrphans(base); err != nil {
+		return "", err
+	}
+	return os.MkdirTemp(base, scratchPrefix+strconv.Itoa(os.Getpid())+"-")
+}
+
+// RAMDir returns a directory on tmpfs, or the one for temporary files where there
+// is none.
+func RAMDir() string {
+	if st, err := os.Stat("/dev/shm"); err == nil && st.IsDir() {
+		return "/dev/shm"
+	}
+	return os.TempDir()
+}
+
+// MountPoint is the name under which a test may mount something in a scratch directory.
+const MountPoint = "mnt"
+
+// scratchPrefix begins the names of scratch directories; their maker's process id follows.
+const scratchPrefix = "scoria-test-"
+
+// removeOrphans removes the scratch directories whose makers are gone: on tmpfs
+// they hold memory until the machine restarts.
+func removeOrphans(base string) error {
+	dirs, err := filepath.Glob(filepath.Join(base, scratchPrefix+"*"))
+	if err != nil {
+		return err
+	}
+	for _, d := range dirs {
+		name, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(d), scratchPrefix), "-")
+		pid, err := strconv.Atoi(name)
+		if err != nil || pid <= 0 {
+			continue
+		}
+		if errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) {
+			// Best effort: a test's own file system may still be mounted in it,
+			// and another process may be removing it too.
+			_ = syscall.Unmount(filepath.Join(d, MountPoint), syscall.MNT_DETACH)
+			_ = os.RemoveAll(d)
 		}
 	}
-	return os.MkdirTemp(base, "scoria-")
+	return nil
 }
 
 // Tail returns the last n lines of a file for error messages; what went wrong

@@ -106,7 +106,7 @@ func (s *show) prepare(keep bool) error {
 	if err != nil {
 		return err
 	}
-	run, err := bed.ScratchDir(true)
+	run, err := os.MkdirTemp(bed.RAMDir(), "scoria-demo-")
 	if err != nil {
 		return err
 	}
