@@ -17,13 +17,16 @@ import (
 // room again it goes on by itself.
 func TestP8DiskFull(t *testing.T) {
 	bed.Require(t)
-	fs := smallDisk(t, "400M")
+	// The daemon leaves the last part of a disk for what gives room back; besides
+	// that there is room for one SCO, and without the ballast for all.
+	fs := smallDisk(t, "1200M")
+	log := filepath.Join(scratch(t, false), "scoriad.log") // not on the disk that fills up
 	e := prepare(t)
-	e.LogTo = filepath.Join(scratch(t, false), "scoriad.log") // not on the disk that fills up
+	e.LogTo = log
 	e.DataDir = filepath.Join(fs, "data")
 	e.must(os.Mkdir(e.DataDir, 0o700))
 	ballast := filepath.Join(fs, "ballast")
-	e.run("fallocate", "-l", "240M", ballast)
+	e.run("fallocate", "-l", "700M", ballast)
 	e.must(e.Start(e.ctx))
 	e.must(e.Create(e.ctx, "v", "512M"))
 	vm := e.boot(qemu.Options{Disks: []qemu.Disk{e.disk("v", 1)}})
@@ -40,6 +43,7 @@ func TestP8DiskFull(t *testing.T) {
 	time.Sleep(2 * time.Second) // nothing may fail while it waits
 	e.must(os.Remove(ballast))
 	out, err := vm.Join(e.ctx, "fill")
+	e.Log(e.CLI(e.ctx, "volume", "show", "v"))
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
