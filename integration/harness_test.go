@@ -41,7 +41,7 @@ func TestMain(m *testing.M) {
 }
 
 func runTests(m *testing.M) (code int, err error) {
-	if binDir, err = os.MkdirTemp("", "scoria-bin-"); err != nil {
+	if binDir, err = bed.ScratchDir(false); err != nil {
 		return 1, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(binDir)) }()
