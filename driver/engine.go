@@ -21,7 +21,9 @@ import (
 
 // spillAt is the part of the pool from which on the head is written out without
 // a flush asking for it; throttleAt the part from which on writers are slowed.
+// Once begun, writing out goes on until drainedAt: the next burst finds room.
 const (
+	drainedAt  = 0.10
 	spillAt    = 0.50
 	throttleAt = 0.75
 )
@@ -35,6 +37,7 @@ type Engine struct {
 	files *fileCache
 
 	adopted bool
+	drain   atomic.Bool
 	drained atomic.Bool
 	nice    niceness
 
@@ -148,6 +151,17 @@ func (e *Engine) list() []*Volume {
 		}
 	}
 	return out
+}
+
+// draining reports whether heads should be written out although nobody asked.
+func (e *Engine) draining() bool {
+	switch fill := e.pool.fill(); {
+	case fill > spillAt:
+		e.drain.Store(true)
+	case fill < drainedAt:
+		e.drain.Store(false)
+	}
+	return e.drain.Load()
 }
 
 // maxClosed is how many heads one call of kickAll closes.

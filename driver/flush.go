@@ -209,7 +209,7 @@ func (v *Volume) wantSpill() bool {
 	v.io.mu.Lock()
 	asked := v.io.spill
 	v.io.mu.Unlock()
-	return asked || v.eng.pool.fill() > spillAt
+	return asked || v.eng.draining()
 }
 
 // ioFailed explains why background writing does not get on; it is tried again.

@@ -6,12 +6,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// backgroundNice is the nice value of a thread that writes the log out while
-// nobody waits for it. Where workers share CPUs with it, guests come first.
-const backgroundNice = 15
+// Scheduling policies of sched(7).
+const (
+	schedNormal = 0
+	schedIdle   = 5
+)
 
 // niceness lowers and raises the priority of the calling thread, where the
-// process may raise it again.
+// process may raise it again. A thread that writes the log out while nobody waits
+// for it runs when nothing else wants its CPU: where workers share that CPU,
+// guests come first.
 type niceness struct{ usable bool }
 
 // probe finds out, on a thread that it gives up, whether raising works.
@@ -19,9 +23,7 @@ func (n *niceness) probe() {
 	done := make(chan bool)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		ok := unix.Setpriority(unix.PRIO_PROCESS, 0, backgroundNice) == nil &&
-			unix.Setpriority(unix.PRIO_PROCESS, 0, 0) == nil
-		done <- ok
+		done <- setPolicy(schedIdle) == nil && setPolicy(schedNormal) == nil
 	}()
 	n.usable = <-done
 }
@@ -29,12 +31,15 @@ func (n *niceness) probe() {
 // set gives the calling thread, to which the goroutine is locked, background or
 // normal priority. It is an optimisation: an error changes nothing else.
 func (n *niceness) set(background bool) {
-	if !n.usable {
-		return
+	switch {
+	case !n.usable:
+	case background:
+		_ = setPolicy(schedIdle)
+	default:
+		_ = setPolicy(schedNormal)
 	}
-	nice := 0
-	if background {
-		nice = backgroundNice
-	}
-	_ = unix.Setpriority(unix.PRIO_PROCESS, 0, nice)
+}
+
+func setPolicy(policy uint32) error {
+	return unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: policy}, 0)
 }
