@@ -19,6 +19,8 @@ type port struct {
 
 	mu      sync.Mutex
 	last    int            // number of the last job sent
+	pending []string       // lines of the jobs that have no answer yet …
+	first   int            // … and the number of the first of them
 	results map[int]result // of jobs nobody has waited for yet
 	changed chan struct{}  // closed and replaced at each change of results or err
 	err     error          // why reading ended
@@ -75,8 +77,39 @@ func (p *port) read() {
 		}
 		text := out.String()
 		out.Reset()
+		if err := p.answered(number, code); err != nil {
+			p.publish(func() { p.err = err })
+			return
+		}
+		if number == 0 && code != 0 {
+			continue // bytes were lost; answered has dealt with it
+		}
 		p.publish(func() { p.results[number] = result{text, code} })
 	}
+}
+
+// answered forgets a job that has ended, and sends all others again if the guest
+// says that bytes were lost. Number 0 is no job: with code 0 the guest's init has
+// just begun.
+func (p *port) answered(number, code int) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case number == 0 && code == 0:
+		p.pending = nil
+	case number == 0:
+		for _, line := range p.pending {
+			if _, err := p.conn.Write([]byte(line)); err != nil {
+				return fmt.Errorf("job port: sending again: %w", err)
+			}
+		}
+	default:
+		for len(p.pending) > 0 && p.first <= number {
+			p.pending = p.pending[1:]
+			p.first++
+		}
+	}
+	return nil
 }
 
 func parseEnd(s string) (number, code int, err error) {
@@ -116,7 +149,13 @@ func (p *port) send(ctx context.Context, script string) (int, error) {
 	if err := p.conn.SetWriteDeadline(deadline); err != nil {
 		return 0, err
 	}
-	_, err := fmt.Fprintf(p.conn, "%d %s\n", p.last, base64.StdEncoding.EncodeToString([]byte(script)))
+	text := base64.StdEncoding.EncodeToString([]byte(script))
+	line := fmt.Sprintf("%d %d %s %d\n", p.last, len(text), text, p.last)
+	if len(p.pending) == 0 {
+		p.first = p.last
+	}
+	p.pending = append(p.pending, line)
+	_, err := p.conn.Write([]byte(line))
 	return p.last, err
 }
 
