@@ -35,14 +35,7 @@ func (v *Volume) submitReads(batch []*block.Request) {
 			}
 		}
 		for i, r := range batch[:n] {
-			err := unusable
-			if err == nil {
-				err = block.CheckRange(info, r)
-			}
-			if err == nil {
-				err = checkSegments(r)
-			}
-			if err != nil {
+			if err := refusal(info, r, unusable); err != nil {
 				v.answer(r, err)
 				continue
 			}

@@ -81,8 +81,15 @@ func total(list [][]byte) (n uint64) {
 	return n
 }
 
-// checkSegments guards against a front end's mistake: fewer bytes than Length.
-func checkSegments(r *block.Request) error {
+// refusal says why a read or write is not begun: the volume is unusable, the range
+// is wrong, or the front end gave another number of bytes than Length.
+func refusal(info *block.Info, r *block.Request, unusable error) error {
+	if unusable != nil {
+		return unusable
+	}
+	if err := block.CheckRange(info, r); err != nil {
+		return err
+	}
 	if total(r.Segments) != r.Length {
 		return block.ErrRange
 	}

@@ -30,14 +30,7 @@ func (v *Volume) submitWrites(batch []*block.Request) {
 		if i+1 < len(batch) && len(batch[i+1].Segments) > 0 {
 			prefetch(batch[i+1].Segments[0])
 		}
-		err := unusable
-		if err == nil {
-			err = block.CheckRange(info, r)
-		}
-		if err == nil {
-			err = checkSegments(r)
-		}
-		if err != nil {
+		if err := refusal(info, r, unusable); err != nil {
 			v.answer(r, err)
 			continue
 		}
