@@ -7,31 +7,18 @@
 //
 // # Goroutines
 //
-//   - Server: a fixed number of workers, each locked to its thread, and one
-//     watchdog that frees a worker from a call eventfd that its owner made
-//     blocking and filled.
+//   - Server: the workers of package worker, its own or shared with other front
+//     ends.
 //   - Endpoint: one that accepts connections.
 //   - session: one that reads messages, changes the session's state and
 //     answers; a second, short-lived one sends notices of a resize.
 //
 // A queue, once started, belongs to one worker: only that goroutine touches its
-// rings, its in-flight region and the dirty log. The session changes a running
-// queue by sending the worker a function to run between two passes (worker.do).
-// Requests that the device takes over complete on any goroutine, which pushes
-// them on the worker's lock-free list and wakes it if it sleeps.
+// rings, its in-flight region and the dirty log. How workers take requests, poll
+// and sleep is package worker's.
 //
 // Lock order: Server.mu, Endpoint.mu, session.mu. No lock is held while a
 // worker is waited for. The workers take none of them in the steady state.
-//
-// # Polling
-//
-// A worker passes over its active queues without asking the kernel. A queue
-// that finds nothing to do is polled for its window, then asks the driver for
-// kicks and becomes inactive. The window doubles when polling finds work and
-// shrinks to nothing when it does not, as is the case when the client shares
-// the CPU; then, seldom, a single window probes whether that changed. Time
-// polled in vain is bounded by Config.PollCPU. With no active queue the worker
-// sleeps in epoll_wait.
 //
 // # Memory
 //

@@ -7,10 +7,13 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
+
+	"scoria/shm/worker"
 )
 
 // quietTime is how long equal reasons of disconnects are not logged again: a
@@ -24,6 +27,12 @@ const (
 	// settleTime bounds the wait for a new connection's first ring.
 	settleTime = time.Second
 )
+
+// counters are an endpoint's.
+type counters struct {
+	worker.Counters
+	connections, disconnects atomic.Uint64
+}
 
 // Endpoint is one volume's socket.
 type Endpoint struct {
@@ -161,8 +170,10 @@ func (e *Endpoint) Path() string { return e.path }
 
 // Stats returns a snapshot of the counters.
 func (e *Endpoint) Stats() Stats {
-	s := Stats{Name: e.name, Path: e.path}
-	e.counters.snapshot(&s)
+	s := Stats{
+		Name: e.name, Path: e.path, Stats: e.counters.Snapshot(),
+		Connections: e.counters.connections.Load(), Disconnects: e.counters.disconnects.Load(),
+	}
 	e.mu.Lock()
 	s.Sessions = len(e.sessions)
 	s.LastDisconnect, s.LastDisconnectTime = e.reason, e.reasonTime

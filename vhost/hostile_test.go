@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"scoria/shm/mem"
+	"scoria/shm/worker"
 	"scoria/vhost/virtq"
 	"scoria/vhost/wire"
 )
@@ -327,7 +328,7 @@ func TestP7CallDescriptorThatBlocks(t *testing.T) {
 	}
 	g.add(0, blkOut, 0, pattern(512, 1), 0)
 	g.publish(0)
-	f.ends(b, errBlockedCall.Error())
+	f.ends(b, worker.ErrBlockedCall.Error())
 	victim := newGuest(t, 1, 16, testFeatures)
 	start(t, b.path, victim)
 	victim.do(0, blkOut, 0, pattern(512, 1), 0)

@@ -149,7 +149,7 @@ func (s *session) applyLog() error {
 			continue
 		}
 		addr, used := r.addr.Log, r.addr.Flags&wire.VringFlagLog != 0
-		if !q.w.do(q, func() { q.setLog(log, addr, used) }) {
+		if !q.Do(func() { q.setLog(log, addr, used) }) {
 			return ErrServerClosed
 		}
 	}
@@ -160,7 +160,7 @@ func (s *session) applyLog() error {
 func (s *session) stopMarking() {
 	for _, r := range s.rings {
 		if q := r.queue; q != nil {
-			q.w.do(q, func() { q.setLog(nil, 0, false) })
+			q.Do(func() { q.setLog(nil, 0, false) })
 		}
 	}
 }

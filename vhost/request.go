@@ -7,6 +7,7 @@ import (
 
 	"scoria/driver/block"
 	"scoria/shm/mem"
+	"scoria/shm/worker"
 	"scoria/vhost/virtq"
 )
 
@@ -39,18 +40,16 @@ var (
 	errAddress = errors.New("address is not in guest memory")
 )
 
-// slot is one request of a queue. A queue has as many as its ring has
-// descriptors, made once, so that a request allocates nothing.
+// slot is what a queue keeps of a request besides worker.Slot. A queue has as
+// many as its ring has descriptors.
 type slot struct {
-	req     block.Request
-	next    *slot // in the worker's completion list, or the queue's free list
-	q       *queue
-	gen     *generation // the memory that req.Segments and status point to
+	*worker.Slot
+	gen     *generation // the memory that Req.Segments and status point to
 	status  []byte      // one byte of guest memory
 	written uint32      // bytes for the used ring, status included
-	started int64       // worker's clock, ns; 0: not sampled
 	head    uint16
-	isBlock bool // req is meaningful and counted by its Op
+	taken   bool // counted in gen
+	code    byte // status of what the device does not see
 }
 
 // verdict says what to do with a request.
@@ -64,7 +63,7 @@ const (
 // prepare turns a chain into a block.Request whose segments point into t. An
 // error means that the request can't be answered in the ring.
 func (s *slot) prepare(c *virtq.Chain, t *mem.Table, dev *deviceView) (verdict, byte, error) {
-	s.head, s.isBlock = c.Head, false
+	s.head = c.Head
 	readable, writable := c.Descs[:c.Writable], c.Descs[c.Writable:]
 	if len(writable) == 0 {
 		return answer, 0, errStatus
@@ -85,8 +84,7 @@ func (s *slot) prepare(c *virtq.Chain, t *mem.Table, dev *deviceView) (verdict, 
 	in := totalBytes(writable)
 	s.written = uint32(min(in, 1<<31)) + 1
 
-	r := &s.req
-	r.Flags, r.Err, r.Ended = 0, nil, false
+	r := &s.Req
 	sector := binary.LittleEndian.Uint64(header[8:])
 	switch binary.LittleEndian.Uint32(header[:]) {
 	case blkIn:
@@ -100,7 +98,7 @@ func (s *slot) prepare(c *virtq.Chain, t *mem.Table, dev *deviceView) (verdict, 
 		return s.prepareData(sector, readable, totalBytes(readable), t)
 	case blkFlush:
 		r.Op, r.Offset, r.Length, r.Segments = block.OpFlush, 0, 0, r.Segments[:0]
-		s.isBlock = true
+		s.Block = true
 		return submit, 0, nil
 	case blkGetID:
 		return s.answerID(dev, writable, t)
@@ -145,7 +143,7 @@ func totalBytes(descs []virtq.Desc) (n uint64) {
 
 // prepareData fills in a read or a write. The device checks range and alignment.
 func (s *slot) prepareData(sector uint64, descs []virtq.Desc, length uint64, t *mem.Table) (verdict, byte, error) {
-	r := &s.req
+	r := &s.Req
 	r.Segments = r.Segments[:0]
 	for i := range descs {
 		var ok bool
@@ -160,7 +158,7 @@ func (s *slot) prepareData(sector uint64, descs []virtq.Desc, length uint64, t *
 		return answer, statusIOErr, nil
 	}
 	r.Offset, r.Length = sector*block.SectorSize, length
-	s.isBlock = true
+	s.Block = true
 	return submit, 0, nil
 }
 
@@ -177,7 +175,7 @@ func (s *slot) prepareDiscard(dev *deviceView, descs []virtq.Desc, t *mem.Table)
 	const unmap = 1
 	sector, sectors := binary.LittleEndian.Uint64(seg[:]), binary.LittleEndian.Uint32(seg[8:])
 	flags := binary.LittleEndian.Uint32(seg[12:])
-	r := &s.req
+	r := &s.Req
 	if flags&^unmap != 0 || r.Op == block.OpDiscard && flags != 0 {
 		return answer, statusUnsup, nil
 	}
@@ -192,7 +190,7 @@ func (s *slot) prepareDiscard(dev *deviceView, descs []virtq.Desc, t *mem.Table)
 	}
 	r.Segments = r.Segments[:0]
 	r.Offset, r.Length = sector*block.SectorSize, uint64(sectors)*block.SectorSize
-	s.isBlock = true
+	s.Block = true
 	return submit, 0, nil
 }
 
@@ -201,7 +199,7 @@ func (s *slot) answerID(dev *deviceView, descs []virtq.Desc, t *mem.Table) (verd
 	var id [idBytes]byte
 	copy(id[:], dev.serial)
 	rest := id[:]
-	r := &s.req
+	r := &s.Req
 	r.Op, r.Segments = block.OpRead, r.Segments[:0]
 	for i := range descs {
 		if len(rest) == 0 {
@@ -229,15 +227,10 @@ type deviceView struct {
 	writeThrough      bool
 }
 
-// statusOf maps the outcome of a request to virtio's status. end is set where
-// the request must not be answered: the session has to end, and the request
-// stays in flight.
-func statusOf(err error) (status byte, end error) {
-	switch {
-	case err == nil:
-		return statusOK, nil
-	case errors.Is(err, block.ErrFault), errors.Is(err, block.ErrCanceled), errors.Is(err, block.ErrClosed):
-		return statusIOErr, err
+// statusOf maps the outcome of a request to virtio's status.
+func statusOf(err error) byte {
+	if err == nil {
+		return statusOK
 	}
-	return statusIOErr, nil
+	return statusIOErr
 }

@@ -130,7 +130,7 @@ func (s *session) setVringFD(m *message) error {
 	case wire.SetVringCall:
 		return r.setCall(fd)
 	}
-	closeFD(&r.err)
+	mem.CloseFD(&r.err)
 	r.err = fd
 	return nil
 }
@@ -143,12 +143,9 @@ func (r *ring) setKick(fd int) error {
 	r.kick, r.hasKick = fd, true
 	var err error
 	if q := r.queue; q != nil {
-		q.w.do(q, func() {
-			err = q.w.setKick(q, fd)
-			q.w.activate(q)
-		})
+		q.Do(func() { err = q.SetKick(fd) })
 	}
-	closeFD(&old)
+	mem.CloseFD(&old)
 	if err != nil {
 		return err
 	}
@@ -169,12 +166,12 @@ func (r *ring) setCall(fd int) error {
 	old := r.call
 	r.call = fd
 	if q := r.queue; q != nil {
-		q.w.do(q, func() { q.call = fd })
+		q.Do(func() { q.SetCall(fd) })
 		if fd >= 0 {
 			_ = mem.SignalEventFD(fd)
 		}
 	}
-	closeFD(&old)
+	mem.CloseFD(&old)
 	return nil
 }
 
@@ -193,10 +190,7 @@ func (s *session) setVringEnable(m *message) error {
 	r.enabled = v.Num == 1
 	if q := r.queue; q != nil {
 		on := r.enabled
-		q.w.do(q, func() {
-			q.paused = !on || q.broken
-			q.w.activate(q)
-		})
+		q.Do(func() { q.Enable(on) })
 		return nil
 	}
 	return s.startReady()
@@ -268,11 +262,9 @@ func (r *ring) start() error {
 		return err
 	}
 	q := newQueue(s, r.index, int(r.num))
-	q.w = s.srv.pickWorker()
-	q.kick, q.call = r.kick, r.call
 	log := s.activeLog()
 	started := false
-	q.w.do(q, func() {
+	q.Do(func() {
 		q.vq, err = virtq.New(virtq.Config{
 			Num: int(r.num), Desc: m.desc, Avail: m.avail, Used: m.used, Features: s.features,
 			Base: uint16(r.base), Inflight: region, InflightNum: regionNum,
@@ -283,14 +275,14 @@ func (r *ring) start() error {
 		q.gen = &generation{table: s.table}
 		s.table.Retain()
 		q.setLog(log, r.addr.Log, r.addr.Flags&wire.VringFlagLog != 0)
-		if err = q.w.add(q); err != nil {
+		if err = q.Start(r.kick, r.call); err != nil {
 			s.table.Release()
 			return
 		}
 		started = true
 	})
 	if !started {
-		q.w.load.Add(-1)
+		q.Release()
 		if err == nil { // a fault on the ring: the session has failed with it
 			err = s.failure()
 		}
@@ -303,7 +295,7 @@ func (r *ring) start() error {
 		// old descriptor, between an answer and its signal.
 		_ = mem.SignalEventFD(r.call)
 	}
-	s.ep.counters.rings.Add(1)
+	s.ep.counters.Rings.Add(1)
 	s.notice.ringStarted(s)
 	s.log.Debug().Int("ring", r.index).Uint32("size", r.num).Msg("ring started")
 	return nil
@@ -317,7 +309,7 @@ func (r *ring) rebind() error {
 	}
 	q := r.queue
 	r.s.table.Retain()
-	q.w.do(q, func() {
+	q.Do(func() {
 		if err = q.setTable(r.s.table, m); err != nil {
 			r.s.table.Release()
 		}
@@ -331,7 +323,7 @@ func (r *ring) stop() error {
 		return nil
 	}
 	r.beginStop()
-	if err := r.s.await(r.queue.drained); err != nil {
+	if err := r.s.await(r.queue.Drained()); err != nil {
 		return err
 	}
 	r.endStop()
@@ -347,19 +339,9 @@ func (r *ring) stop() error {
 // beginStop takes nothing more from the ring; the queue's drained is closed
 // when what it took has ended.
 func (r *ring) beginStop() {
-	q := r.queue
-	if q == nil {
-		return
+	if r.queue != nil {
+		r.queue.Stop()
 	}
-	q.w.do(q, func() {
-		q.paused = true
-		select {
-		case <-q.drained:
-		default:
-			q.draining = true
-			q.checkDrained()
-		}
-	})
 }
 
 // endStop gives back what the drained queue had. The ring starts again with the
@@ -371,25 +353,25 @@ func (r *ring) endStop() {
 	if !r.s.leak.Load() {
 		q.gen.table.Release()
 	}
-	q.w.load.Add(-1)
+	q.Release()
 	if r.kick >= 0 {
 		// Kicks that were never read would look like new ones to the front end,
 		// once it listens itself.
 		_, _ = mem.DrainEventFD(r.kick)
 	}
-	closeFD(&r.kick)
-	r.s.ep.counters.rings.Add(-1)
+	mem.CloseFD(&r.kick)
+	r.s.ep.counters.Rings.Add(-1)
 	r.s.notice.ringStopped()
-	if q.broken && r.err >= 0 {
+	if q.Broken() && r.err >= 0 {
 		_ = unix.SetNonblock(r.err, true)
 		_ = mem.SignalEventFD(r.err)
 	}
 }
 
 func (r *ring) close() {
-	closeFD(&r.kick)
-	closeFD(&r.call)
-	closeFD(&r.err)
+	mem.CloseFD(&r.kick)
+	mem.CloseFD(&r.call)
+	mem.CloseFD(&r.err)
 }
 
 func (s *session) stopAll() error {

@@ -7,18 +7,17 @@ import (
 	"net"
 	"os"
 	"sync"
-	"time"
 
 	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
 
 	"scoria/driver/block"
-	"scoria/shm/mem"
+	"scoria/shm/worker"
+	"scoria/vhost/virtq"
 )
 
 // Defaults and limits of Config.
 const (
-	DefaultPollMax   = 50 * time.Microsecond
 	DefaultMaxQueues = 64
 	MaxQueues        = 256 // ring numbers are 8 bits on the wire
 	// MaxQueueSize bounds the ring size that a front end may choose; QEMU's own
@@ -33,16 +32,13 @@ var (
 )
 
 // Config configures a Server. The zero value of each field but Log is replaced
-// by its default, but for PollMax and PollCPU, where negative means none.
+// by its default.
 type Config struct {
-	// Workers is the number of threads that serve all queues; default 1.
-	Workers int
-	// PollMax is the longest time that a queue is polled after its last request;
-	// default DefaultPollMax; negative: never poll.
-	PollMax time.Duration
-	// PollCPU is the share of its time, 0 to 1, that each worker may spend
-	// polling in vain; default 1, which is no limit; negative: never poll.
-	PollCPU float64
+	// Set has the workers that serve all queues, which other front ends may share
+	// and whose owner closes it after the Server; nil: a set of the Server's own
+	// as Workers says.
+	Set     *worker.Set
+	Workers worker.Config
 	// MaxQueues is the number of rings that a front end may use; default
 	// DefaultMaxQueues.
 	MaxQueues int
@@ -54,32 +50,13 @@ type Config struct {
 }
 
 func (c *Config) setDefaults() error {
-	if c.Workers == 0 {
-		c.Workers = 1
-	}
-	if c.PollMax == 0 {
-		c.PollMax = DefaultPollMax
-	}
-	if c.PollCPU == 0 {
-		c.PollCPU = 1
-	}
-	if c.PollMax < 0 || c.PollCPU < 0 {
-		c.PollMax, c.PollCPU = 0, 0
-	}
 	if c.MaxQueues == 0 {
 		c.MaxQueues = DefaultMaxQueues
 	}
 	if c.SocketMode == 0 {
 		c.SocketMode = 0o660
 	}
-	switch {
-	case c.Workers < 0 || c.Workers > 256:
-		return fmt.Errorf("vhost workers %d: must be 1 to 256", c.Workers)
-	case c.PollMax > time.Second:
-		return fmt.Errorf("vhost poll time %v: must be at most 1s", c.PollMax)
-	case c.PollCPU > 1:
-		return fmt.Errorf("vhost poll share %v: must be at most 1", c.PollCPU)
-	case c.MaxQueues < 0 || c.MaxQueues > MaxQueues:
+	if c.MaxQueues < 0 || c.MaxQueues > MaxQueues {
 		return fmt.Errorf("vhost queues %d: must be 1 to %d", c.MaxQueues, MaxQueues)
 	}
 	return nil
@@ -89,32 +66,30 @@ func (c *Config) setDefaults() error {
 // goroutine.
 type Server struct {
 	cfg     Config
-	workers []*worker
+	workers *worker.Set
+	chains  map[*worker.Worker]*virtq.Chain // scratch, one per worker
 
 	mu        sync.Mutex
 	endpoints map[*Endpoint]struct{}
 	nextID    uint64
 	closed    bool
-	sessions  int
-	watching  chan struct{} // ends the watchdog
 }
 
-// NewServer starts the workers. Nothing is served before Listen.
+// NewServer makes a server. Nothing is served before Listen.
 func NewServer(cfg Config) (*Server, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
-	s := &Server{cfg: cfg, endpoints: map[*Endpoint]struct{}{}}
-	for range cfg.Workers {
-		w, err := newWorker(cfg.PollMax, cfg.PollCPU)
+	s := &Server{cfg: cfg, workers: cfg.Set, endpoints: map[*Endpoint]struct{}{}, chains: map[*worker.Worker]*virtq.Chain{}}
+	if s.workers == nil {
+		set, err := worker.NewSet(cfg.Workers)
 		if err != nil {
-			for _, w := range s.workers {
-				w.close()
-			}
-			return nil, fmt.Errorf("starting vhost worker: %w", err)
+			return nil, fmt.Errorf("vhost: %w", err)
 		}
-		s.workers = append(s.workers, w)
-		go w.run()
+		s.workers = set
+	}
+	for _, w := range s.workers.Workers() {
+		s.chains[w] = new(virtq.Chain)
 	}
 	return s, nil
 }
@@ -194,7 +169,7 @@ func listenUnix(path string, mode os.FileMode, group int) (*net.UnixListener, er
 	return ln, nil
 }
 
-// Close ends all endpoints and sessions and the workers. Requests in flight end
+// Close ends all endpoints and sessions, and the workers if they are its own. Requests in flight end
 // first; those that wait for room are canceled and stay in the front ends'
 // in-flight areas, to be resubmitted to the next daemon.
 func (s *Server) Close() {
@@ -214,77 +189,14 @@ func (s *Server) Close() {
 		wg.Go(e.Close)
 	}
 	wg.Wait()
-	for _, w := range s.workers {
-		w.close()
+	if s.cfg.Set == nil {
+		s.workers.Close()
 	}
 }
 
-// Workers returns a snapshot of the workers' counters.
-func (s *Server) Workers() []WorkerStats {
-	var all []WorkerStats
-	for _, w := range s.workers {
-		all = append(all, WorkerStats{
-			Queues: int(w.load.Load()), Sleeps: w.sleeps.Load(), PollTime: time.Duration(w.pollTime.Load()),
-		})
-	}
-	return all
-}
-
-// pickWorker returns the worker with the fewest queues and counts one more.
-func (s *Server) pickWorker() *worker {
-	best := s.workers[0]
-	for _, w := range s.workers[1:] {
-		if w.load.Load() < best.load.Load() {
-			best = w
-		}
-	}
-	best.load.Add(1)
-	return best
-}
-
-func (s *Server) sessionStarted() (id uint64) {
+func (s *Server) nextSession() (id uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.sessions++; s.sessions == 1 {
-		s.watching = make(chan struct{})
-		go s.watch(s.watching)
-	}
 	s.nextID++
 	return s.nextID
 }
-
-func (s *Server) sessionEnded() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.sessions--; s.sessions == 0 {
-		close(s.watching)
-	}
-}
-
-// watch is the watchdog: it runs while there are sessions. A worker that is
-// seen twice in the same signal is stuck in the write to an eventfd whose owner
-// made it blocking and filled its count; reading it lets go.
-func (s *Server) watch(stop chan struct{}) {
-	tick := time.NewTicker(500 * time.Millisecond)
-	defer tick.Stop()
-	last := make([]uint64, len(s.workers))
-	for {
-		select {
-		case <-stop:
-			return
-		case <-tick.C:
-		}
-		for i, w := range s.workers {
-			n, q := w.signals.Load(), w.signalling.Load()
-			if q != nil && n == last[i] {
-				q.s.fail(fmt.Errorf("ring %d: %w", q.index, errBlockedCall))
-				// The descriptor stays open while the queue exists, and the queue
-				// exists while its worker is stuck.
-				_, _ = mem.DrainEventFD(q.call)
-			}
-			last[i] = n
-		}
-	}
-}
-
-var errBlockedCall = errors.New("call eventfd was made blocking and its count is full")

@@ -76,7 +76,7 @@ type session struct {
 
 func newSession(e *Endpoint, conn *net.UnixConn) *session {
 	s := &session{
-		ep: e, srv: e.srv, id: e.srv.sessionStarted(), conn: conn, wce: true, born: time.Now(),
+		ep: e, srv: e.srv, id: e.srv.nextSession(), conn: conn, wce: true, born: time.Now(),
 		dead: make(chan struct{}), done: make(chan struct{}),
 	}
 	if raw, err := conn.SyscallConn(); err == nil {
@@ -132,7 +132,7 @@ func (s *session) run() {
 			if !ok {
 				panic(r)
 			}
-			s.fail(&FaultError{Addr: addr})
+			s.fail(&mem.FaultError{Addr: addr})
 		}
 	}()
 	for {
@@ -434,7 +434,7 @@ func (s *session) teardown() {
 		for r.queue != nil {
 			s.dev.Cancel(s)
 			select {
-			case <-r.queue.drained:
+			case <-r.queue.Drained():
 				r.endStop()
 			case <-time.After(cancelInterval):
 			}
@@ -456,6 +456,5 @@ func (s *session) teardown() {
 		s.log.Error().Msg("the device did not survive a fault on guest memory; the memory stays mapped")
 	}
 	s.ep.ended(s, s.failure())
-	s.srv.sessionEnded()
 	close(s.done)
 }

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"scoria/shm/mem"
+	"scoria/shm/worker"
 	"scoria/vhost/virtq"
 	"scoria/vhost/wire"
 )
@@ -35,7 +36,7 @@ func TestRequests(t *testing.T) {
 		for _, async := range []bool{false, true} {
 			for _, poll := range []int{-1, 0} {
 				t.Run(fmt.Sprintf("%s/async=%v/poll=%d", ring.name, async, poll), func(t *testing.T) {
-					b := newBed(t, Config{Workers: 2, PollCPU: float64(poll)})
+					b := newBed(t, Config{Workers: worker.Config{Workers: 2, PollCPU: float64(poll)}})
 					b.dev.set(func(d *ramDevice) { d.async = async })
 					g := newGuest(t, 2, 64, testFeatures|ring.features)
 					start(t, b.path, g)
@@ -294,7 +295,7 @@ func TestGetVringBaseDrains(t *testing.T) {
 	if err := f.send(wire.GetVringBase, 0, wire.VringState{}.Append(nil)); err != nil {
 		t.Fatal(err)
 	}
-	hurry(t, "ring to stop", func() bool { return b.srv.workers[0].sleeping.Load() })
+	hurry(t, "ring to stop", func() bool { return b.srv.workers.Workers()[0].Sleeping() })
 	if g.rings[0].Pending() {
 		t.Fatal("answered while held")
 	}
@@ -338,7 +339,7 @@ func TestDisabledRingRests(t *testing.T) {
 	}
 	q := g.add(0, blkOut, 0, pattern(512, 1), 0)
 	g.publish(0)
-	hurry(t, "worker to sleep", func() bool { return b.srv.workers[0].sleeping.Load() })
+	hurry(t, "worker to sleep", func() bool { return b.srv.workers.Workers()[0].Sleeping() })
 	if g.rings[0].Pending() {
 		t.Fatal("a disabled ring was served")
 	}
@@ -378,11 +379,11 @@ func TestIdleServerSleeps(t *testing.T) {
 	g := newGuest(t, 2, 16, testFeatures|virtq.FeatureEventIdx)
 	start(t, b.path, g)
 	g.do(0, blkOut, 0, pattern(512, 1), 0)
-	w := b.srv.workers[0]
-	hurry(t, "worker to sleep", func() bool { return w.sleeping.Load() })
-	sleeps := w.sleeps.Load()
+	w := b.srv.workers
+	hurry(t, "worker to sleep", func() bool { return w.Workers()[0].Sleeping() })
+	sleeps := w.Stats()[0].Sleeps
 	unix.Poll(nil, 100)
-	if w.sleeps.Load() != sleeps {
+	if w.Stats()[0].Sleeps != sleeps {
 		t.Fatal("an idle worker woke up")
 	}
 }

@@ -5,23 +5,25 @@ import (
 
 	"scoria/driver/block"
 	"scoria/driver/nbd"
+	"scoria/shm/worker"
 )
 
 // frontCollector turns the front ends' counters into metrics. The latency of
 // stage "ring" is from the ring to its answer, sampled.
 type frontCollector struct {
-	vhost *vhostFront
-	nbd   *nbd.Server // nil: off
+	workers *worker.Set
+	vhost   *vhostFront
+	nbd     *nbd.Server // nil: off
 
 	latency, sessions, rings, disconnects, notes, polled, sleeps, nbdConns, nbdRefused, nbdOps *prometheus.Desc
 }
 
-func newFrontCollector(v *vhostFront, n *nbd.Server) *frontCollector {
+func newFrontCollector(w *worker.Set, v *vhostFront, n *nbd.Server) *frontCollector {
 	desc := func(name, help string, labels ...string) *prometheus.Desc {
 		return prometheus.NewDesc("scoria_"+name, help, labels, nil)
 	}
 	return &frontCollector{
-		vhost: v, nbd: n,
+		workers: w, vhost: v, nbd: n,
 		latency:     desc("request_seconds", "Time of sampled requests by stage: ring is from the guest's ring to its answer there.", "volume", "op", "stage"),
 		sessions:    desc("vhost_sessions", "Open vhost-user connections.", "volume"),
 		rings:       desc("vhost_rings", "Started rings.", "volume"),
@@ -66,7 +68,7 @@ func (c *frontCollector) Collect(ch chan<- prometheus.Metric) {
 	}
 	var polled float64
 	var sleeps uint64
-	for _, w := range c.vhost.server.Workers() {
+	for _, w := range c.workers.Stats() {
 		polled += w.PollTime.Seconds()
 		sleeps += w.Sleeps
 	}

@@ -17,6 +17,7 @@ import (
 	"scoria/driver/block"
 	"scoria/driver/nbd"
 	"scoria/driver/registry"
+	"scoria/shm/worker"
 	"scoria/vhost"
 )
 
@@ -30,18 +31,15 @@ type vhostFront struct {
 	endpoints map[string]*vhost.Endpoint // by POOL/VOLUME
 }
 
-func newVhostFront(c *Config, opener block.Opener, log zerolog.Logger) (*vhostFront, error) {
+func newVhostFront(c *Config, workers *worker.Set, opener block.Opener, log zerolog.Logger) (*vhostFront, error) {
 	gid, err := c.Sockets.gid()
 	if err != nil {
 		return nil, err
 	}
 	vc := vhost.Config{
-		Workers: vhostWorkers(c), PollMax: time.Duration(c.Vhost.Poll), PollCPU: c.Vhost.PollShare,
+		Set:        workers,
 		SocketMode: os.FileMode(c.Sockets.Mode), SocketGroup: max(gid, 0),
 		Log: log.With().Str("front_end", "vhost").Logger(),
-	}
-	if vc.PollMax == 0 || vc.PollCPU == 0 {
-		vc.PollMax = -1 // to vhost 0 means its default
 	}
 	server, err := vhost.NewServer(vc)
 	if err != nil {
@@ -50,9 +48,18 @@ func newVhostFront(c *Config, opener block.Opener, log zerolog.Logger) (*vhostFr
 	return &vhostFront{server: server, opener: opener, socketPath: c.vhostSocket, endpoints: map[string]*vhost.Endpoint{}}, nil
 }
 
-// vhostWorkers is the configured number, or half the CPUs: the guests need the
+// newWorkers starts the threads that serve the rings of all front ends.
+func newWorkers(c *Config) (*worker.Set, error) {
+	wc := worker.Config{Workers: workerCount(c), PollMax: time.Duration(c.Vhost.Poll), PollCPU: c.Vhost.PollShare}
+	if wc.PollMax == 0 || wc.PollCPU == 0 {
+		wc.PollMax = -1 // to worker 0 means its default
+	}
+	return worker.NewSet(wc)
+}
+
+// workerCount is the configured number, or half the CPUs: the guests need the
 // others.
-func vhostWorkers(c *Config) int {
+func workerCount(c *Config) int {
 	if c.Vhost.Workers > 0 {
 		return c.Vhost.Workers
 	}

@@ -247,11 +247,21 @@ func (h *Host) serve(ctx context.Context) error {
 	if err := socks.sweep(keep); err != nil {
 		return fmt.Errorf("stale sockets: %w", err)
 	}
-	vf, err := newVhostFront(&h.config, h.volumes, h.log)
+	workers, err := newWorkers(&h.config)
 	if err != nil {
 		return err
 	}
+	h.undoLater(func() error {
+		if !h.busy { // front ends that are still busy have queues
+			workers.Close()
+		}
+		return nil
+	})
 	h.undoLater(h.closeFronts)
+	vf, err := newVhostFront(&h.config, workers, h.volumes, h.log)
+	if err != nil {
+		return err
+	}
 	if err := h.volumes.Serve(ctx, vf); err != nil {
 		return err
 	}
@@ -267,7 +277,7 @@ func (h *Host) serve(ctx context.Context) error {
 		}
 		nbdServer = nf.server
 	}
-	metrics := metricsHandler(newCollector(h.volumes, h.version, h.id.ID), newFrontCollector(vf, nbdServer))
+	metrics := metricsHandler(newCollector(h.volumes, h.version, h.id.ID), newFrontCollector(workers, vf, nbdServer))
 	if err := h.serveMetrics(metrics); err != nil {
 		return err
 	}
@@ -399,6 +409,6 @@ func (h *Host) status(context.Context) control.Status {
 // TuneRuntime sizes Go's scheduler and collector for the daemon: threads that
 // poll must not take the place of those that work.
 func TuneRuntime(c *Config) {
-	runtime.GOMAXPROCS(runtime.NumCPU() + vhostWorkers(c) + 2)
+	runtime.GOMAXPROCS(runtime.NumCPU() + workerCount(c) + 2)
 	debug.SetGCPercent(gcPercent)
 }

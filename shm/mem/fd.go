@@ -22,6 +22,14 @@ func CloseAll(fds []int) {
 	}
 }
 
+// CloseFD closes a descriptor and marks it closed, with -1; -1 is left alone.
+func CloseFD(fd *int) {
+	if *fd >= 0 {
+		unix.Close(*fd)
+		*fd = -1
+	}
+}
+
 // ReadFull fills p from the socket and returns the descriptors that came with
 // these bytes, close-on-exec. They belong to the caller unless err is set. It
 // fails with io.EOF at an end before the first byte, io.ErrUnexpectedEOF at a

@@ -135,3 +135,13 @@ func Fault(recovered any) (addr uintptr, ok bool) {
 	}
 	return f.Addr(), true
 }
+
+// FaultError ends a session whose memory was not there when it was touched:
+// the peer shrank the file behind it.
+type FaultError struct {
+	Addr uintptr // in this process
+}
+
+func (e *FaultError) Error() string {
+	return fmt.Sprintf("fault on shared memory at %#x: the front end shrank or lost its file", e.Addr)
+}

@@ -1,4 +1,4 @@
-package vhost
+package worker
 
 import "testing"
 
@@ -46,7 +46,7 @@ func TestPollWindowAdapts(t *testing.T) {
 }
 
 func TestPollBudget(t *testing.T) {
-	w := &worker{pollCPU: 0.25, tokens: pollBurst}
+	w := &Worker{pollCPU: 0.25, tokens: pollBurst}
 	spent := int64(0)
 	for now := int64(1); now < int64(1e9); now += 10_000 {
 		if w.budget(now) {

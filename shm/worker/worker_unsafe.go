@@ -1,4 +1,4 @@
-package vhost
+package worker
 
 import (
 	"unsafe"

@@ -1,7 +1,6 @@
-package vhost
+package worker
 
 import (
-	"fmt"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -13,7 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"scoria/shm/mem"
-	"scoria/vhost/virtq"
 )
 
 const (
@@ -34,8 +32,9 @@ const (
 	wakeID = -1 // of the wake-up descriptor in epoll
 )
 
-// worker serves its queues on one thread. See the package doc.
-type worker struct {
+// Worker serves its queues on one thread. See the package doc.
+type Worker struct {
+	set     *Set
 	pollMax int64   // ns
 	pollCPU float64 // of this worker's time, to be spent polling in vain
 	epoch   time.Time
@@ -44,10 +43,10 @@ type worker struct {
 	ended   chan struct{}
 
 	// From other goroutines.
-	completed  atomic.Pointer[slot]
+	completed  atomic.Pointer[Slot]
 	sleeping   atomic.Bool
 	wakers     atomic.Int64 // goroutines in wake, which may use wakefd
-	signalling atomic.Pointer[queue]
+	signalling atomic.Pointer[Queue]
 	signals    atomic.Uint64 // begun
 	mu         sync.Mutex
 	ops        []func()
@@ -58,13 +57,12 @@ type worker struct {
 	pollTime   atomic.Int64 // ns
 
 	// The worker's own.
-	queues   map[int32]*queue
+	queues   map[int32]*Queue
 	nextID   int32
-	active   []*queue
-	touched  []*queue
-	kickless []*queue // whose front end wants them polled
-	current  *queue   // whose memory may fault now
-	chain    virtq.Chain
+	active   []*Queue
+	touched  []*Queue
+	kickless []*Queue // whose front end wants them polled
+	current  *Queue   // whose memory may fault now
 	events   [64]unix.EpollEvent
 	passes   uint64
 	inFlight int   // requests that devices have taken over
@@ -74,10 +72,10 @@ type worker struct {
 	stop     bool
 }
 
-func newWorker(pollMax time.Duration, pollCPU float64) (*worker, error) {
-	w := &worker{
+func newWorker(pollMax time.Duration, pollCPU float64) (*Worker, error) {
+	w := &Worker{
 		pollMax: int64(pollMax), pollCPU: pollCPU, epoch: time.Now(), epfd: -1, wakefd: -1,
-		ended: make(chan struct{}), queues: map[int32]*queue{}, tokens: pollBurst,
+		ended: make(chan struct{}), queues: map[int32]*Queue{}, tokens: pollBurst,
 	}
 	var err error
 	if w.epfd, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
@@ -93,26 +91,26 @@ func newWorker(pollMax time.Duration, pollCPU float64) (*worker, error) {
 	return w, nil
 }
 
-func (w *worker) closeFDs() {
-	closeFD(&w.epfd)
-	closeFD(&w.wakefd)
+func (w *Worker) closeFDs() {
+	mem.CloseFD(&w.epfd)
+	mem.CloseFD(&w.wakefd)
 }
 
 // epollAdd registers an eventfd edge-triggered: every signal wakes, and nobody
 // needs to read the count.
-func (w *worker) epollAdd(fd int, id int32) error {
+func (w *Worker) epollAdd(fd int, id int32) error {
 	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET&0xffffffff, Fd: id}
 	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(w.epfd, unix.EPOLL_CTL_ADD, fd, &ev))
 }
 
-func (w *worker) epollDel(fd int) {
+func (w *Worker) epollDel(fd int) {
 	// It fails only if the descriptor is not there, which is what is wanted.
 	_ = unix.EpollCtl(w.epfd, unix.EPOLL_CTL_DEL, fd, nil)
 }
 
 // do runs f on the worker between two passes and waits for it. It returns false
 // if the worker has ended. Faults in f on q's memory end q's session.
-func (w *worker) do(q *queue, f func()) bool {
+func (w *Worker) do(q *Queue, f func()) bool {
 	done := make(chan struct{})
 	w.mu.Lock()
 	if w.closed {
@@ -131,7 +129,7 @@ func (w *worker) do(q *queue, f func()) bool {
 }
 
 // guarded runs f, which may touch q's memory.
-func (w *worker) guarded(q *queue, f func()) {
+func (w *Worker) guarded(q *Queue, f func()) {
 	w.current = q
 	defer w.recoverFault()
 	f()
@@ -139,7 +137,7 @@ func (w *worker) guarded(q *queue, f func()) {
 }
 
 // push hands a request that ended to the worker. Any goroutine.
-func (w *worker) push(s *slot) {
+func (w *Worker) push(s *Slot) {
 	for {
 		head := w.completed.Load()
 		s.next = head
@@ -152,20 +150,20 @@ func (w *worker) push(s *slot) {
 
 // wake ends the worker's sleep, if it sleeps. Whoever calls has made its reason
 // visible before; the worker looks for reasons after it has set sleeping.
-func (w *worker) wake() {
+func (w *Worker) wake() {
 	if !w.sleeping.Load() {
 		return
 	}
 	w.wakers.Add(1)
 	if w.sleeping.CompareAndSwap(true, false) {
 		if err := mem.SignalEventFD(w.wakefd); err != nil {
-			panic("vhost: waking a worker: " + err.Error())
+			panic("worker: waking a worker: " + err.Error())
 		}
 	}
 	w.wakers.Add(-1)
 }
 
-func (w *worker) run() {
+func (w *Worker) run() {
 	runtime.LockOSThread()
 	debug.SetPanicOnFault(true)
 	defer close(w.ended)
@@ -197,7 +195,7 @@ func (w *worker) run() {
 }
 
 // takeOther handles what other goroutines sent.
-func (w *worker) takeOther() bool {
+func (w *Worker) takeOther() bool {
 	progress := false
 	if w.completed.Load() != nil {
 		w.takeCompleted()
@@ -218,8 +216,8 @@ func (w *worker) takeOther() bool {
 }
 
 // takeCompleted answers requests that ended asynchronously, oldest first.
-func (w *worker) takeCompleted() {
-	var list *slot
+func (w *Worker) takeCompleted() {
+	var list *Slot
 	for s := w.completed.Swap(nil); s != nil; {
 		next := s.next
 		s.next = list
@@ -244,14 +242,14 @@ func (w *worker) takeCompleted() {
 	w.touched = w.touched[:0]
 }
 
-func (w *worker) endedGuarded(q *queue, s *slot) {
+func (w *Worker) endedGuarded(q *Queue, s *Slot) {
 	w.current = q
 	defer w.recoverFault()
 	q.ended(s)
 	w.current = nil
 }
 
-func (w *worker) publishGuarded(q *queue) {
+func (w *Worker) publishGuarded(q *Queue) {
 	w.current = q
 	defer w.recoverFault()
 	q.publish()
@@ -259,7 +257,7 @@ func (w *worker) publishGuarded(q *queue) {
 }
 
 // serveActive passes over the active queues once. A fault cuts the pass short.
-func (w *worker) serveActive() (progress bool) {
+func (w *Worker) serveActive() (progress bool) {
 	defer w.recoverFault()
 	for i := 0; i < len(w.active); {
 		q := w.active[i]
@@ -284,7 +282,7 @@ func (w *worker) serveActive() (progress bool) {
 
 // recoverFault turns a fault on the current queue's memory into the end of its
 // session. Any other panic goes on: it is ours.
-func (w *worker) recoverFault() {
+func (w *Worker) recoverFault() {
 	r := recover()
 	if r == nil {
 		return
@@ -298,24 +296,14 @@ func (w *worker) recoverFault() {
 	if q.inSubmit {
 		// The device was to survive this. What it took over is unknown, so the
 		// memory must stay mapped for good.
-		q.s.leak.Store(true)
+		q.ring.Leak()
 	}
 	q.paused, q.broken = true, true
-	q.s.fail(fmt.Errorf("ring %d: %w", q.index, &FaultError{Addr: addr}))
-}
-
-// FaultError ends a session whose memory was not there when it was touched:
-// the front end shrank the file behind it.
-type FaultError struct {
-	Addr uintptr // in this process
-}
-
-func (e *FaultError) Error() string {
-	return fmt.Sprintf("fault on shared memory at %#x: the front end shrank or lost its file", e.Addr)
+	q.ring.Fail(&mem.FaultError{Addr: addr})
 }
 
 // idlePass opens, checks and ends the waits of queues that had nothing to do.
-func (w *worker) idlePass() {
+func (w *Worker) idlePass() {
 	if len(w.active) == 0 {
 		return
 	}
@@ -344,7 +332,7 @@ func (w *worker) idlePass() {
 			q.count.misses.Add(1)
 		}
 		w.current = q
-		if q.vq.EnableNotify() { // it came in between: no kick will come for it
+		if q.ring.EnableNotify() { // it came in between: no kick will come for it
 			i++
 			continue
 		}
@@ -354,7 +342,7 @@ func (w *worker) idlePass() {
 }
 
 // budget reports whether polling in vain is still within its share of time.
-func (w *worker) budget(now int64) bool {
+func (w *Worker) budget(now int64) bool {
 	if w.pollCPU >= 1 {
 		return true
 	}
@@ -363,7 +351,7 @@ func (w *worker) budget(now int64) bool {
 	return w.tokens > 0
 }
 
-func (w *worker) activate(q *queue) {
+func (w *Worker) activate(q *Queue) {
 	if q.active || q.paused {
 		return
 	}
@@ -371,7 +359,7 @@ func (w *worker) activate(q *queue) {
 	w.active = append(w.active, q)
 }
 
-func (w *worker) deactivate(i int) {
+func (w *Worker) deactivate(i int) {
 	w.active[i].active = false
 	last := len(w.active) - 1
 	w.active[i] = w.active[last]
@@ -380,7 +368,7 @@ func (w *worker) deactivate(i int) {
 }
 
 // sleep waits for kicks and for wake.
-func (w *worker) sleep() {
+func (w *Worker) sleep() {
 	w.sleeping.Swap(true) // a full barrier, also under the race detector
 	if w.completed.Load() != nil || w.hasOps.Load() {
 		w.sleeping.Store(false)
@@ -394,7 +382,7 @@ func (w *worker) sleep() {
 	n, err := unix.EpollWait(w.epfd, w.events[:], timeout)
 	w.sleeping.Store(false)
 	if err != nil && err != unix.EINTR {
-		panic("vhost: epoll_wait: " + err.Error())
+		panic("worker: epoll_wait: " + err.Error())
 	}
 	w.kicked(n)
 	for _, q := range w.kickless {
@@ -403,9 +391,9 @@ func (w *worker) sleep() {
 }
 
 // pollKicks looks for kicks without sleeping.
-func (w *worker) pollKicks() { w.kicked(pollEpoll(w.epfd, w.events[:])) }
+func (w *Worker) pollKicks() { w.kicked(pollEpoll(w.epfd, w.events[:])) }
 
-func (w *worker) kicked(n int) {
+func (w *Worker) kicked(n int) {
 	for i := range max(n, 0) {
 		if q := w.queues[w.events[i].Fd]; q != nil { // it may have been stopped since
 			q.count.kicks.Add(1)
@@ -414,18 +402,15 @@ func (w *worker) kicked(n int) {
 	}
 }
 
-// add begins to serve q, whose ring is set up, and looks at the ring at once: a
-// kick may have come before.
-func (w *worker) add(q *queue) error {
+// add begins to serve q; see Queue.Start.
+func (w *Worker) add(q *Queue, kick int) error {
 	for w.nextID++; w.nextID < 0 || w.queues[w.nextID] != nil; w.nextID++ {
 		if w.nextID < 0 {
 			w.nextID = 0
 		}
 	}
 	q.id = w.nextID
-	fd := q.kick
-	q.kick = -1
-	if err := w.setKick(q, fd); err != nil {
+	if err := w.setKick(q, kick); err != nil {
 		return err
 	}
 	w.queues[q.id] = q
@@ -435,7 +420,7 @@ func (w *worker) add(q *queue) error {
 }
 
 // setKick makes fd the descriptor that tells of new requests; -1 is none.
-func (w *worker) setKick(q *queue, fd int) error {
+func (w *Worker) setKick(q *Queue, fd int) error {
 	w.dropKick(q)
 	if fd < 0 {
 		w.kickless = append(w.kickless, q)
@@ -445,7 +430,7 @@ func (w *worker) setKick(q *queue, fd int) error {
 	return w.epollAdd(fd, q.id)
 }
 
-func (w *worker) dropKick(q *queue) {
+func (w *Worker) dropKick(q *Queue) {
 	if q.kick >= 0 {
 		w.epollDel(q.kick)
 		q.kick = -1
@@ -456,7 +441,7 @@ func (w *worker) dropKick(q *queue) {
 }
 
 // forget ends serving q.
-func (w *worker) forget(q *queue) {
+func (w *Worker) forget(q *Queue) {
 	w.dropKick(q)
 	delete(w.queues, q.id)
 	q.paused = true
@@ -466,7 +451,7 @@ func (w *worker) forget(q *queue) {
 }
 
 // close ends the worker, which must have no queues left.
-func (w *worker) close() {
+func (w *Worker) close() {
 	w.do(nil, func() {
 		w.mu.Lock()
 		w.stop, w.closed = true, true
@@ -480,3 +465,9 @@ func (w *worker) close() {
 	}
 	w.closeFDs()
 }
+
+// Sleeping reports whether the worker waits in the kernel. Any goroutine.
+func (w *Worker) Sleeping() bool { return w.sleeping.Load() }
+
+// now is the worker's clock: nanoseconds since it was made, never 0.
+func (w *Worker) now() int64 { return int64(time.Since(w.epoch)) + 1 }
