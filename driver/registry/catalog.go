@@ -18,12 +18,15 @@ import (
 //	pool/POOL            Pool
 //	volume/POOL/VOLUME   Volume
 //	node/ID              Node
+//	snapshot/UUID/NAME   Snapshot; UUID is the volume's, so that a new name of it changes nothing
 //
 // Records are JSON with a version, so that a dump is readable and etcd's tools
-// work on it. A record of a later version is refused, not guessed at.
+// work on it. A record of a later version is refused, not guessed at. Version 2
+// added snapshots, and to volumes what begins with Template; version 1 is read as
+// having none of it.
 
 // RecordVersion is the version of all records that this program writes.
-const RecordVersion = 1
+const RecordVersion = 2
 
 // State is how far a volume's creation or deletion has come.
 type State string
@@ -60,6 +63,20 @@ type Volume struct {
 	State     State     `json:"state"`
 	Owner     string    `json:"owner"` // node ID; empty: nobody yet
 	Epoch     uint64    `json:"epoch"` // grows by one at each change of owner
+
+	// Template: front ends may not write to it, only clone it.
+	Template bool `json:"template,omitempty"`
+	// Parent is what the volume was cloned from; nil: nothing, or it was flattened.
+	Parent *Parent `json:"parent,omitempty"`
+	// Ancestors are all volumes that it may still read, oldest first: the parent's
+	// ancestors, then the parent. They outlive Parent while snapshots of the volume
+	// need them.
+	Ancestors []Ancestor `json:"ancestors,omitempty"`
+	// RollingBack is the snapshot of an unfinished rollback; whoever opens the
+	// volume carries it out again.
+	RollingBack *uuid.UUID `json:"rolling_back,omitempty"`
+	// Incomplete: its contents are being brought in; no guest gets it.
+	Incomplete *Incomplete `json:"incomplete,omitempty"`
 }
 
 // FullName returns POOL/VOLUME.
@@ -74,6 +91,53 @@ type Node struct {
 	Attached []string  `json:"attached"` // volumes that front ends used lately; opened at the next start
 }
 
+// Parent says what a volume was cloned from.
+type Parent struct {
+	Volume   uuid.UUID `json:"volume"`
+	Snapshot uuid.UUID `json:"snapshot"`
+	Name     string    `json:"name"` // POOL/VOLUME@SNAPSHOT at that time, for people
+}
+
+// Ancestor is a volume that another one reads, and the snapshot that keeps for it
+// what it reads.
+type Ancestor struct {
+	Volume   uuid.UUID `json:"volume"`
+	Snapshot uuid.UUID `json:"snapshot"`
+}
+
+// What makes a volume incomplete.
+const (
+	IncompleteImport  = "import"
+	IncompleteReceive = "receive"
+)
+
+// Incomplete is an unfinished import or receive. Without Resumable it is undone
+// at the next start: a volume goes back to Base, or is deleted if that is nil.
+type Incomplete struct {
+	Kind      string    `json:"kind"`
+	Base      uuid.UUID `json:"base,omitzero"`     // snapshot that the stream builds on
+	Snapshot  uuid.UUID `json:"snapshot,omitzero"` // snapshot that the stream ends at
+	Position  uint64    `json:"position"`          // all before this byte is received and durable
+	Resumable bool      `json:"resumable"`
+}
+
+// Snapshot is a state of a volume that is kept. All but the name, State and
+// Temporary is as the engine gave it.
+type Snapshot struct {
+	Version    int               `json:"version"`
+	ID         uuid.UUID         `json:"id"`
+	Volume     uuid.UUID         `json:"volume"`
+	Name       string            `json:"name"`
+	Created    time.Time         `json:"created"`
+	Metadata   map[string]string `json:"metadata,omitempty"`
+	Size       uint64            `json:"size"`        // of the volume then, bytes
+	SCO        uint64            `json:"sco"`         // last SCO of the log that it contains
+	Sequence   uint64            `json:"sequence"`    // of its root; orders a volume's snapshots
+	LastObject uint32            `json:"last_object"` // last page object that existed
+	State      State             `json:"state"`
+	Temporary  bool              `json:"temporary,omitempty"` // made for one operation; deleted at the next start
+}
+
 // Errors of the catalog.
 var (
 	ErrNotFound = errors.New("not found")
@@ -82,9 +146,10 @@ var (
 
 // Prefixes under which the records lie.
 const (
-	PoolPrefix   = "pool/"
-	VolumePrefix = "volume/"
-	NodePrefix   = "node/"
+	PoolPrefix     = "pool/"
+	VolumePrefix   = "volume/"
+	NodePrefix     = "node/"
+	SnapshotPrefix = "snapshot/"
 )
 
 // PoolKey returns the key of a pool's record.
@@ -96,13 +161,19 @@ func VolumeKey(pool, name string) string { return VolumePrefix + pool + "/" + na
 // NodeKey returns the key of a node's record.
 func NodeKey(id string) string { return NodePrefix + id }
 
+// SnapshotsOf returns the prefix of the records of a volume's snapshots.
+func SnapshotsOf(volume uuid.UUID) string { return SnapshotPrefix + volume.String() + "/" }
+
+// SnapshotKey returns the key of a snapshot's record.
+func SnapshotKey(volume uuid.UUID, name string) string { return SnapshotsOf(volume) + name }
+
 var nameRE = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
 // DefaultPool is the pool of volumes that are named without one.
 const DefaultPool = "default"
 
-// CheckName validates the name of a pool or volume; what says which ("pool",
-// "volume") in the error.
+// CheckName validates the name of a pool, volume or snapshot; what says which
+// ("pool", "volume", "snapshot") in the error.
 func CheckName(what, name string) error {
 	if nameRE.MatchString(name) {
 		return nil
@@ -136,8 +207,22 @@ func SplitName(full string) (pool, name string, err error) {
 	return pool, name, nil
 }
 
-// Record is what lies under the three prefixes.
-type Record interface{ Pool | Volume | Node }
+// SplitSnapshot splits [POOL/]VOLUME@SNAPSHOT and validates all parts.
+func SplitSnapshot(full string) (pool, volume, snapshot string, err error) {
+	name, snapshot, found := strings.Cut(full, "@")
+	if !found {
+		return "", "", "", fmt.Errorf("snapshot %q: must be VOLUME@SNAPSHOT or POOL/VOLUME@SNAPSHOT", full)
+	}
+	if pool, volume, err = SplitName(name); err != nil {
+		return "", "", "", err
+	}
+	return pool, volume, snapshot, CheckName("snapshot", snapshot)
+}
+
+// Record is what lies under the prefixes.
+type Record interface {
+	Pool | Volume | Node | Snapshot
+}
 
 // Entry is a record with its revision, for compares.
 type Entry[R Record] struct {
@@ -229,6 +314,8 @@ func encode[R Record](r R) ([]byte, error) {
 	case *Volume:
 		v.Version = RecordVersion
 	case *Node:
+		v.Version = RecordVersion
+	case *Snapshot:
 		v.Version = RecordVersion
 	}
 	return json.Marshal(r)

@@ -2,8 +2,10 @@ package registry_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -75,7 +77,7 @@ func TestCatalog(t *testing.T) {
 	}
 	got, err := registry.Load[registry.Volume](ctx, s, key)
 	v.Version = registry.RecordVersion
-	if err != nil || got.Record != v || got.Revision != e.Revision {
+	if err != nil || !reflect.DeepEqual(got.Record, v) || got.Revision != e.Revision {
 		t.Fatalf("Load: %+v, %v; want %+v", got, err, v)
 	}
 	var wg sync.WaitGroup
@@ -102,7 +104,7 @@ func TestCatalog(t *testing.T) {
 func TestRecordsOfOthersAreRefused(t *testing.T) {
 	s := open(t, filepath.Join(t.TempDir(), "registry.db"))
 	for key, value := range map[string]string{
-		"volume/a/newer":   `{"version":2,"id":"x"}`,
+		"volume/a/newer":   `{"version":3,"id":"x"}`,
 		"volume/a/none":    `{}`,
 		"volume/a/unknown": `{"version":1,"colour":"red"}`,
 		"volume/a/text":    `hello`,
@@ -116,18 +118,45 @@ func TestRecordsOfOthersAreRefused(t *testing.T) {
 	}
 }
 
-// TestGoldenRecords holds version 1 of the records.
+// samples are records of every kind, with every field set.
+func samples() map[string]any {
+	created := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	parent, snapshot := uuid.MustParse("6ba7b811-9dad-41d1-80b4-00c04fd430c8"), uuid.MustParse("6ba7b812-9dad-41d1-80b4-00c04fd430c8")
+	clone := sampleVolume()
+	clone.Name, clone.Template, clone.RollingBack = "vm2", true, &snapshot
+	clone.Parent = &registry.Parent{Volume: parent, Snapshot: snapshot, Name: "default/vm1@s"}
+	clone.Ancestors = []registry.Ancestor{{Volume: parent, Snapshot: snapshot}}
+	clone.Incomplete = &registry.Incomplete{Kind: registry.IncompleteReceive, Base: parent, Snapshot: snapshot, Position: 4096, Resumable: true}
+	return map[string]any{
+		"volume/default/vm1": sampleVolume(),
+		"volume/default/vm2": clone,
+		"pool/default":       registry.Pool{Name: "default", BlockSize: 512, SCOSize: 64 << 20, Created: created},
+		"node/n1":            registry.Node{ID: "n1", Host: "h", Created: created, Attached: []string{"default/vm1"}},
+		registry.SnapshotKey(sampleVolume().ID, "s"): registry.Snapshot{
+			ID: snapshot, Volume: sampleVolume().ID, Name: "s", Created: created, Metadata: map[string]string{"by": "me"},
+			Size: 1 << 30, SCO: 7, Sequence: 9, LastObject: 11, State: registry.StateReady, Temporary: true,
+		},
+	}
+}
+
+// TestGoldenRecords holds the present version of the records.
 func TestGoldenRecords(t *testing.T) {
 	s := open(t, filepath.Join(t.TempDir(), "registry.db"))
-	created := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
-	if _, err := registry.Create(t.Context(), s, "volume/default/vm1", sampleVolume()); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := registry.Create(t.Context(), s, "pool/default", registry.Pool{Name: "default", BlockSize: 512, SCOSize: 64 << 20, Created: created}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := registry.Create(t.Context(), s, "node/n1", registry.Node{ID: "n1", Host: "h", Created: created, Attached: []string{"default/vm1"}}); err != nil {
-		t.Fatal(err)
+	for key, r := range samples() {
+		var err error
+		switch r := r.(type) {
+		case registry.Volume:
+			_, err = registry.Create(t.Context(), s, key, r)
+		case registry.Pool:
+			_, err = registry.Create(t.Context(), s, key, r)
+		case registry.Node:
+			_, err = registry.Create(t.Context(), s, key, r)
+		case registry.Snapshot:
+			_, err = registry.Create(t.Context(), s, key, r)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 	kvs, err := s.List(t.Context(), "")
 	if err != nil {
@@ -137,7 +166,7 @@ func TestGoldenRecords(t *testing.T) {
 	for _, kv := range kvs {
 		got.WriteString(kv.Key + "\t" + string(kv.Value) + "\n")
 	}
-	golden := filepath.Join("testdata", "records_v1.txt")
+	golden := filepath.Join("testdata", "records_v2.txt")
 	if *update {
 		if err := os.WriteFile(golden, []byte(got.String()), 0o644); err != nil {
 			t.Fatal(err)
@@ -149,5 +178,48 @@ func TestGoldenRecords(t *testing.T) {
 	}
 	if got.String() != string(want) {
 		t.Fatalf("records\n%s\nwant\n%s", &got, want)
+	}
+}
+
+// TestRecordsOfEveryVersionOpen: what earlier programs wrote is read, and means
+// what it meant.
+func TestRecordsOfEveryVersionOpen(t *testing.T) {
+	for _, version := range []int{1, 2} {
+		s := open(t, filepath.Join(t.TempDir(), "registry.db"))
+		b, err := os.ReadFile(filepath.Join("testdata", fmt.Sprintf("records_v%d.txt", version)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := samples()
+		for line := range strings.Lines(string(b)) {
+			key, value, _ := strings.Cut(strings.TrimSpace(line), "\t")
+			if _, err := s.Commit(t.Context(), nil, []registry.Write{{Key: key, Value: []byte(value)}}); err != nil {
+				t.Fatal(err)
+			}
+			switch w := want[key].(type) {
+			case registry.Volume:
+				w.Version = version
+				same(t, s, key, w)
+			case registry.Pool:
+				w.Version = version
+				same(t, s, key, w)
+			case registry.Node:
+				w.Version = version
+				same(t, s, key, w)
+			case registry.Snapshot:
+				w.Version = version
+				same(t, s, key, w)
+			default:
+				t.Errorf("version %d: nothing to compare %s with", version, key)
+			}
+		}
+	}
+}
+
+func same[R registry.Record](t *testing.T, s registry.Store, key string, want R) {
+	t.Helper()
+	e, err := registry.Load[R](t.Context(), s, key)
+	if err != nil || !reflect.DeepEqual(e.Record, want) {
+		t.Errorf("%s: %+v, %v; want %+v", key, e.Record, err, want)
 	}
 }
