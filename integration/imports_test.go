@@ -52,7 +52,7 @@ var rules = []rule{
 		reason: "the object store serves the driver; were it to know the driver, neither could be used or tested alone",
 	},
 	{
-		in:     []string{"scoria/vhost/wire", "scoria/vhost/virtq", "scoria/driver/tlog"},
+		in:     []string{"scoria/vhost/wire", "scoria/vhost/virtq", "scoria/driver/tlog", "scoria/alba/erasure", "scoria/alba/place"},
 		forbid: []string{"os", "net/...", "os/...", "syscall", "golang.org/x/sys/..."},
 		reason: "pure: codecs over bytes, which is what lets fuzzing and property tests reach every state",
 	},

@@ -1,0 +1,67 @@
+// Package alba holds what all parts of the erasure-coded object store agree on:
+// presets, manifests, the records in the registry, and how an object's bytes are
+// laid out over fragments. It is pure but for reading the file of master keys;
+// erasure, place, proxy and repair build on it.
+//
+// # From an object to fragments
+//
+//	object   ──┬─ block ─┬─ block ─┬─ … ─┐      blocks of BlockBytes
+//	           ▼ compress, encrypt: each block alone
+//	stream   ──┴─ block ─┴ block ┴─ … ───┴─ index ─┐
+//	           ▼ cut into chunks of k × FragmentBytes
+//	chunk 0: fragment 0 … k-1, parity k … k+m-1    chunk 1: …
+//
+// Compression and encryption come before erasure coding, not after: then parity
+// shrinks with the data, repair needs no key, and any byte range of a lost fragment
+// is decoded from the same range of k others.
+//
+//   - Neither: the stream is the object.
+//   - Encryption alone: blocks of 4096 bytes, each followed by its 16-byte tag. A
+//     block's place in the stream is its number times 4112.
+//   - Compression, with encryption or without: blocks of 16 KiB become shorter, or
+//     are kept as they are where they would not. Behind them, from a multiple
+//     of 4096 on, lies the index (package erasure) with their lengths.
+//
+// Fragment i of a chunk holds consecutive bytes of the stream, so that a small
+// read meets one fragment. A fragment is a whole number of units: 4096 bytes, or
+// 4112 for encryption alone, which is also its unit of checksums on the device: so a
+// small read of whole blocks reads no byte more than it needs. All fragments i of an
+// object lie on one device: shard i. The last chunk has shorter fragments; its end
+// is filled with zeroes.
+//
+// # Keys in the registry
+//
+//	alba/preset/NAME             Preset
+//	alba/asd/ID                  Device
+//	alba/namespace/NAME          Namespace
+//	alba/object/NSID/OBJECT      Manifest (binary)
+//	alba/intent/NSID/UPLOAD      Intent
+//	alba/trash/NSID/UPLOAD       Manifest (binary) of a deleted object
+//	alba/job/NAME                progress of maintenance (package repair)
+//
+// NSID and UPLOAD are 16 random bytes in hex: a name that is used again after a
+// deletion never meets what the earlier one left behind.
+//
+// # Order of durability
+//
+// An upload commits its Intent, then writes fragments, then commits the manifest
+// in a transaction that asserts that the namespace is as it was when the epoch was
+// compared with it and that the intent is still there, and deletes the intent.
+// So a fragment that no manifest, intent or trash record speaks of is an orphan, and
+// whoever deletes an intent has fenced the upload behind it, however late that one
+// resumes. A deletion moves the manifest to the trash in one transaction, then
+// deletes the fragments, then the trash record.
+//
+// # Keys on a device
+//
+//	f/NSID/UPLOAD/SHARD/CHUNK    fragment; SHARD 2 hex digits, CHUNK 8
+//	m/NSID/UPLOAD/SHARD          Manifest, written with the shard's last fragment
+//	n/NSID                       Namespace, a copy
+//	t/NSID/UPLOAD                this upload is deleted, though another device may
+//	                             still hold some of it
+//	p/NAME                       Preset, a copy
+//
+// With f, m, n, t and p alone the registry's part can be rebuilt. Each device also
+// holds the epoch of each namespace that it met (see package asd); changes with a
+// smaller one are refused there.
+package alba

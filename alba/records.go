@@ -1,0 +1,334 @@
+package alba
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// RecordVersion is the version of all JSON records that this program writes.
+const RecordVersion = 1
+
+// Errors of records and names.
+var (
+	// ErrRecord: a record in the registry or on a device can't be understood.
+	ErrRecord = errors.New("damaged record")
+	// ErrVersion: it was written by a newer program.
+	ErrVersion = errors.New("written by a newer Scoria; install that version or a later one")
+	// ErrName: a name is not one that the store accepts.
+	ErrName = errors.New("invalid name")
+)
+
+// ID is 16 random bytes, hex as text.
+type ID [16]byte
+
+// NewID returns a random ID.
+func NewID() ID {
+	var id ID
+	_, _ = rand.Read(id[:]) // never fails
+	return id
+}
+
+func (id ID) String() string { return hex.EncodeToString(id[:]) }
+
+// MarshalText implements encoding.TextMarshaler.
+func (id ID) MarshalText() ([]byte, error) { return []byte(id.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (id *ID) UnmarshalText(b []byte) error {
+	v, err := ParseID(string(b))
+	*id = v
+	return err
+}
+
+// ParseID parses 32 lower-case hex digits.
+func ParseID(s string) (ID, error) {
+	var id ID
+	if len(s) != 2*len(id) || strings.ToLower(s) != s {
+		return id, fmt.Errorf("ID %q: must be %d lower-case hex digits: %w", s, 2*len(id), ErrName)
+	}
+	if _, err := hex.Decode(id[:], []byte(s)); err != nil {
+		return ID{}, fmt.Errorf("ID %q: %v: %w", s, err, ErrName)
+	}
+	return id, nil
+}
+
+// Namespace is a set of objects: those of one volume.
+type Namespace struct {
+	Version  int       `json:"version"`
+	Name     string    `json:"name"`
+	ID       ID        `json:"id"`
+	Epoch    uint64    `json:"epoch"` // smaller ones are refused
+	Preset   string    `json:"preset"`
+	Deleting bool      `json:"deleting,omitempty"` // its deletion has begun and will be finished
+	Created  time.Time `json:"created"`
+	// Key is the namespace's encryption key, wrapped by a master key; nil until an
+	// encrypted object is stored.
+	Key *WrappedKey `json:"key,omitempty"`
+}
+
+// DeviceState is what the operator wants of a device.
+type DeviceState string
+
+// States of a device.
+const (
+	DeviceActive   DeviceState = "active"
+	DeviceDraining DeviceState = "draining" // takes nothing new; what it has is moved away
+	DeviceRemoved  DeviceState = "removed"  // lost for good; what it had is rebuilt elsewhere
+)
+
+// Device is one ASD: one disk.
+type Device struct {
+	Version    int         `json:"version"`
+	ID         string      `json:"id"`
+	Address    string      `json:"address"` // what the daemon's dialer understands: host:port, or a path
+	Host       string      `json:"host"`
+	Rack       string      `json:"rack"`
+	Datacentre string      `json:"datacentre"`
+	State      DeviceState `json:"state"`
+	Added      time.Time   `json:"added"`
+}
+
+// DomainName is the name of the failure domain that the device is in, unique over
+// all domains of that kind.
+func (d *Device) DomainName(kind Domain) string {
+	switch kind {
+	case DomainDatacentre:
+		return d.Datacentre
+	case DomainRack:
+		return d.Datacentre + "/" + d.Rack
+	case DomainHost:
+		return d.Datacentre + "/" + d.Rack + "/" + d.Host
+	default:
+		return d.ID
+	}
+}
+
+// Check validates a device's record.
+func (d *Device) Check() error {
+	if err := CheckDeviceID(d.ID); err != nil {
+		return err
+	}
+	switch d.State {
+	case DeviceActive, DeviceDraining, DeviceRemoved:
+	default:
+		return fmt.Errorf("device %s: state %q: must be active, draining or removed: %w", d.ID, d.State, ErrRecord)
+	}
+	for what, s := range map[string]string{"host": d.Host, "rack": d.Rack, "datacentre": d.Datacentre} {
+		if len(s) > 255 || strings.ContainsAny(s, "/\x00\n") {
+			return fmt.Errorf("device %s: %s %.40q: must have at most 255 bytes and no '/': %w", d.ID, what, s, ErrName)
+		}
+	}
+	return nil
+}
+
+// Intent announces an upload, or a move of an object's shards.
+type Intent struct {
+	Version   int       `json:"version"`
+	Namespace string    `json:"namespace"`
+	Object    string    `json:"object"`
+	Epoch     uint64    `json:"epoch"`
+	Move      bool      `json:"move,omitempty"` // of shards of an object that is there
+	Policy    Policy    `json:"policy"`
+	Shards    []string  `json:"shards"` // devices that may get fragments; "" for none
+	By        string    `json:"by"`     // the daemon
+	Since     time.Time `json:"since"`
+}
+
+// Record is what is kept as JSON in the registry and on devices.
+type Record interface {
+	Preset | Namespace | Device | Intent
+}
+
+// Encode returns a record's bytes.
+func Encode[R Record](r R) []byte {
+	switch v := any(&r).(type) {
+	case *Preset:
+		v.Version = RecordVersion
+	case *Namespace:
+		v.Version = RecordVersion
+	case *Device:
+		v.Version = RecordVersion
+	case *Intent:
+		v.Version = RecordVersion
+	}
+	b, err := json.Marshal(r)
+	if err != nil {
+		panic(fmt.Sprintf("alba: record can't be encoded: %v", err)) // only of a value out of its range
+	}
+	return b
+}
+
+// Decode parses a record and refuses those of later versions and unknown fields.
+func Decode[R Record](b []byte) (R, error) {
+	var r R
+	var head struct {
+		Version int `json:"version"`
+	}
+	if err := json.Unmarshal(b, &head); err != nil {
+		return r, fmt.Errorf("%w: %v", ErrRecord, err)
+	}
+	if head.Version < 1 || head.Version > RecordVersion {
+		return r, fmt.Errorf("record of version %d, this program knows %d: %w", head.Version, RecordVersion, ErrVersion)
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&r); err != nil {
+		return r, fmt.Errorf("%w: %v", ErrRecord, err)
+	}
+	return r, nil
+}
+
+// Prefixes in the registry.
+const (
+	Prefix          = "alba/"
+	PresetPrefix    = Prefix + "preset/"
+	DevicePrefix    = Prefix + "asd/"
+	NamespacePrefix = Prefix + "namespace/"
+	ObjectPrefix    = Prefix + "object/"
+	IntentPrefix    = Prefix + "intent/"
+	TrashPrefix     = Prefix + "trash/"
+	JobPrefix       = Prefix + "job/"
+)
+
+// PresetKey is where a preset is in the registry.
+func PresetKey(name string) string { return PresetPrefix + name }
+
+// DeviceKey is where a device is in the registry.
+func DeviceKey(id string) string { return DevicePrefix + id }
+
+// NamespaceKey is where a namespace is in the registry.
+func NamespaceKey(name string) string { return NamespacePrefix + name }
+
+// ObjectKey is where an object's manifest is in the registry; with object "" the
+// prefix of all of the namespace.
+func ObjectKey(ns ID, object string) string { return ObjectPrefix + ns.String() + "/" + object }
+
+// IntentKey is where an intent is in the registry.
+func IntentKey(ns, upload ID) string { return IntentPrefix + ns.String() + "/" + upload.String() }
+
+// TrashKey is where a deleted object's manifest is in the registry.
+func TrashKey(ns, upload ID) string { return TrashPrefix + ns.String() + "/" + upload.String() }
+
+// SplitKey returns the two IDs of an intent's or trash record's key.
+func SplitKey(key, prefix string) (ns, upload ID, err error) {
+	a, b, _ := strings.Cut(strings.TrimPrefix(key, prefix), "/")
+	if ns, err = ParseID(a); err != nil {
+		return ns, upload, err
+	}
+	upload, err = ParseID(b)
+	return ns, upload, err
+}
+
+// Prefixes on a device.
+const (
+	FragmentPrefix      = "f/"
+	ShardPrefix         = "m/"
+	NamespaceCopyPrefix = "n/"
+	TombstonePrefix     = "t/"
+	PresetCopyPrefix    = "p/"
+)
+
+const hexDigits = "0123456789abcdef"
+
+// FragmentKey is where a fragment is on its device.
+func FragmentKey(ns, upload ID, shard, chunk int) string {
+	b := make([]byte, 0, 2+33+33+3+8)
+	b = append(b, FragmentPrefix...)
+	b = append(hex.AppendEncode(b, ns[:]), '/')
+	b = append(hex.AppendEncode(b, upload[:]), '/')
+	b = append(b, hexDigits[shard>>4&15], hexDigits[shard&15], '/')
+	for s := 28; s >= 0; s -= 4 {
+		b = append(b, hexDigits[chunk>>s&15])
+	}
+	return string(b)
+}
+
+// ShardKey is where the manifest of a shard is on its device.
+func ShardKey(ns, upload ID, shard int) string {
+	return ShardPrefix + ns.String() + "/" + upload.String() + "/" + fmt.Sprintf("%02x", shard)
+}
+
+// NamespaceCopyKey is where a namespace's copy is on a device.
+func NamespaceCopyKey(ns ID) string { return NamespaceCopyPrefix + ns.String() }
+
+// TombstoneKey is where a deletion is remembered on a device.
+func TombstoneKey(ns, upload ID) string {
+	return TombstonePrefix + ns.String() + "/" + upload.String()
+}
+
+// PresetCopyKey is where a preset's copy is on a device.
+func PresetCopyKey(name string) string { return PresetCopyPrefix + name }
+
+// ParseShardKey parses what FragmentKey (chunk ≥ 0) and ShardKey (chunk -1) made.
+func ParseShardKey(key string) (ns, upload ID, shard, chunk int, err error) {
+	bad := func() (ID, ID, int, int, error) {
+		return ID{}, ID{}, 0, 0, fmt.Errorf("key %.120q: not a fragment's or shard's: %w", key, ErrName)
+	}
+	parts := strings.Split(key, "/")
+	fragment := len(parts) == 5 && parts[0] == "f"
+	if !fragment && !(len(parts) == 4 && parts[0] == "m") || len(parts[3]) != 2 {
+		return bad()
+	}
+	if ns, err = ParseID(parts[1]); err != nil {
+		return bad()
+	}
+	if upload, err = ParseID(parts[2]); err != nil {
+		return bad()
+	}
+	n, err := strconv.ParseUint(parts[3], 16, 8)
+	if err != nil {
+		return bad()
+	}
+	if !fragment {
+		return ns, upload, int(n), -1, nil
+	}
+	c, err := strconv.ParseUint(parts[4], 16, 31)
+	if err != nil || len(parts[4]) != 8 {
+		return bad()
+	}
+	return ns, upload, int(n), int(c), nil
+}
+
+// MaxNameBytes bounds the names of namespaces and objects.
+const MaxNameBytes = 200
+
+// CheckName accepts what is a plain file name everywhere; what ("object") is for
+// the error.
+func CheckName(what, name string) error {
+	switch {
+	case name == "" || len(name) > MaxNameBytes:
+		return fmt.Errorf("%s name %.40q has %d bytes, must have 1 to %d: %w", what, name, len(name), MaxNameBytes, ErrName)
+	case name[0] == '.':
+		return fmt.Errorf("%s name %q must not begin with a dot: %w", what, name, ErrName)
+	}
+	for i := range len(name) {
+		c := name[i]
+		if c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '.' || c == '-' || c == '_' {
+			continue
+		}
+		return fmt.Errorf("%s name %q: byte %#02x at %d; letters, digits, '.', '-' and '_' are allowed: %w", what, name, c, i, ErrName)
+	}
+	return nil
+}
+
+// CheckDeviceID validates a device's ID.
+func CheckDeviceID(id string) error {
+	if len(id) > 64 {
+		return fmt.Errorf("device ID %.70q has %d bytes, must have 1 to 64: %w", id, len(id), ErrName)
+	}
+	return CheckName("device", id)
+}
+
+func checkPresetName(name string) error {
+	if len(name) > 63 {
+		return fmt.Errorf("preset name has %d bytes, must have 1 to 63: %w", len(name), ErrName)
+	}
+	return CheckName("preset", name)
+}
