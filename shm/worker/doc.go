@@ -25,6 +25,11 @@
 // polled in vain is bounded by Config.PollCPU. With no active queue the worker
 // sleeps in epoll_wait.
 //
+// A worker that has signalled a peer gives its CPU away once before it asks for
+// kicks (sched_yield): a peer that shares the CPU takes its answers and adds
+// requests then, and nobody has to wake anybody. Where that does not pay it is
+// rarely done (giveWay).
+//
 // # Faults
 //
 // Workers run with debug.SetPanicOnFault. A fault on a ring's memory (the peer

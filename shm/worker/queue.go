@@ -347,6 +347,7 @@ func (q *Queue) signal() {
 	q.w.signalling.Store(q)
 	err := mem.SignalEventFD(q.call)
 	q.w.signalling.Store(nil)
+	q.w.give.due = true
 	if err != nil {
 		q.Fail(fmt.Errorf("calling: %w", err))
 		return

@@ -69,6 +69,7 @@ type Worker struct {
 	lastIdle int64 // clock at the last pass in vain, if the one before was too
 	tokens   int64 // ns of polling in vain that the budget still allows
 	refilled int64
+	give     giveWay
 	stop     bool
 }
 
@@ -178,6 +179,7 @@ func (w *Worker) run() {
 		w.passes++
 		if progress {
 			w.lastIdle = 0
+			w.give.found()
 			if w.passes%busyPollPasses == 0 {
 				w.pollKicks()
 			}
@@ -317,6 +319,13 @@ func (w *Worker) idlePass() {
 		w.pollTime.Add(now - w.lastIdle)
 	}
 	w.lastIdle = now
+	w.give.vain()
+	if w.give.now() {
+		yieldCPU()
+		w.give.took(w.now() - now)
+		w.lastIdle = 0 // that was no polling
+		return
+	}
 	budget := w.budget(now)
 	defer w.recoverFault()
 	for i := 0; i < len(w.active); {
