@@ -106,6 +106,7 @@ func (v *Volume) checkAll(ctx context.Context, rep *CheckReport, progress func(d
 	}
 	v.checkHead(ctx, rep)
 	v.checkCheckpoint(ctx, rep)
+	v.checkSnapshots(ctx, rep)
 	return ctx.Err()
 }
 

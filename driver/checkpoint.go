@@ -3,13 +3,15 @@ package driver
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
+	"maps"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"scoria/alba/vfs"
 	"scoria/driver/block"
@@ -52,6 +54,14 @@ type checkpoints struct {
 	pending *publication
 	newest  *publication
 	doomed  []uint64 // SCOs that no published root needs, to be deleted
+
+	// overdue: the newest root says of snapshots what is no longer true.
+	overdue bool
+	pinned  map[uint32]bool   // own page objects that snapshots refer to
+	queue   []*publication    // roots of snapshots that go to the store, oldest first
+	gone    map[uint64]uint64 // sequence of a snapshot that is no more → of the first root without it
+	dropped []seqRange        // snapshots that rollbacks dropped
+	owes    atomic.Bool       // something still has to be done in the store
 }
 
 // publication is what still has to be done to get a local root into the store.
@@ -64,17 +74,19 @@ type publication struct {
 
 const (
 	rootPrefix  = "root-"
+	snapPrefix  = "snap-"
 	pagesPrefix = "pages-"
 	scoPrefix   = "sco-"
 )
 
+func snapName(seq uint64) string          { return fmt.Sprintf("%s%016x", snapPrefix, seq) }
 func rootName(seq uint64) string          { return fmt.Sprintf("%s%016x", rootPrefix, seq) }
 func pagesName(object uint32) string      { return fmt.Sprintf("%s%08x", pagesPrefix, object) }
 func (v *Volume) mapDir() string          { return v.dir + "/map" }
 func (v *Volume) mapPath(n string) string { return v.mapDir() + "/" + n }
 
 func newCheckpoints(v *Volume) *checkpoints {
-	c := &checkpoints{v: v, inStore: map[uint32]bool{}}
+	c := &checkpoints{v: v, inStore: map[uint32]bool{}, pinned: map[uint32]bool{}, gone: map[uint64]uint64{}}
 	c.work, c.stop = context.WithCancel(v.ctx)
 	c.reader = lba.NewObjectReader(v.cfg.ID, c.openPages)
 	c.stored = lba.NewObjectReader(v.cfg.ID, c.openStoredPages)
@@ -104,6 +116,13 @@ func (c *checkpoints) idle() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.pending == nil
+}
+
+// isOverdue reports whether the newest root is wrong about snapshots.
+func (c *checkpoints) isOverdue() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.overdue
 }
 
 // localFile reads a file that is opened for each access: map pages are read
@@ -171,46 +190,84 @@ func (v *Volume) checkpoint(ctx context.Context, final bool) error {
 	c := v.ckpt
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	return c.take(ctx, nil, final)
+}
 
+// take writes a checkpoint, which becomes the snapshot snap if that is not nil.
+// Without force it does nothing if nothing was logged since the last one. Caller
+// holds mu.
+//
+// Guests wait during the exclusive section only, which no disk takes part in.
+func (c *checkpoints) take(ctx context.Context, snap *Snapshot, force bool) error {
+	v := c.v
 	v.gate.Lock()
 	if records, _ := unpack(v.cur.head.Load()); records > 0 && !v.roll() {
 		v.gate.Unlock()
 		return errNoRoom
 	}
 	pos := position{v.cur.prev, v.cur.prevRecords}
-	if pos == c.pos && c.sequence > 0 && !final {
+	if pos == c.pos && c.sequence > 0 && !force && !c.overdue {
 		v.gate.Unlock()
 		return nil
 	}
 	ck := v.m.BeginCheckpoint()
-	table, dead := v.snapshotSCOs()
-	clusters := v.cfg.Size / block.ClusterSize
+	pinFrom := uint64(noPins)
+	if snap != nil {
+		pinFrom = c.newestSnapshot().SCO
+		snap.SCO, snap.Size, snap.Sequence = pos.sco, v.cfg.Size, c.sequence+1
+	}
+	table, dead := v.tableNow(pinFrom)
+	clusters := v.m.Clusters()
 	since := v.logSince.Load()
 	v.gate.Unlock()
 
-	if err := c.write(ctx, ck, pos, table, clusters); err != nil {
+	n := &newRoot{
+		pos: pos, clusters: clusters, mapped: ck.Mapped(), directory: ck.Directory, snapshot: snap,
+		blob: rootBlob{scos: table, dropped: c.dropped, snapshot: snap},
+	}
+	if err := c.write(ctx, ck, n); err != nil {
 		ck.Abort()
 		return fmt.Errorf("checkpoint: %w", err)
 	}
-	c.pos = pos
-	p := &publication{sequence: c.sequence, pos: pos, objects: v.m.Objects(), dead: dead}
-	if c.pending == nil {
-		c.await(p)
-	} else {
-		c.newest = p
+	c.sequence++
+	ck.Commit()
+	c.pos, c.overdue = pos, false
+	objects := c.own(v.m.Objects())
+	if snap != nil {
+		c.addSnapshot(snap, n, pinFrom, &publication{sequence: c.sequence, pos: pos, objects: objects, dead: dead})
 	}
+	c.enqueue(&publication{sequence: c.sequence, pos: pos, objects: objects, dead: dead})
 	v.logSince.Add(-since)
 	v.stats.checkpointed.Add(1)
 	c.removeStale()
 	return nil
 }
 
+// enqueue lets p go to the store after what goes there already.
+func (c *checkpoints) enqueue(p *publication) {
+	if c.pending == nil {
+		c.await(p)
+	} else {
+		c.newest = p
+	}
+	c.owes.Store(true)
+}
+
+// newRoot is a root that is being written.
+type newRoot struct {
+	pos              position
+	clusters, mapped uint64
+	directory        func() iter.Seq2[uint64, lba.PageAddr] // once the pages are written
+	blob             rootBlob
+	snapshot         *Snapshot
+	fresh            []uint32 // page objects that no snapshot before this one refers to
+}
+
 // write makes the checkpoint durable on the local disk. Caller holds mu.
 //
 // Page objects of an attempt that fails before its root can exist are removed:
 // a full disk would otherwise lose its reserve to one attempt after the other.
-func (c *checkpoints) write(ctx context.Context, ck *lba.Checkpoint, pos position, table []byte, clusters uint64) (err error) {
-	v := c.v
+func (c *checkpoints) write(ctx context.Context, ck *lba.Checkpoint, n *newRoot) (err error) {
 	first := c.object + 1
 	tried := false // to give the root its name
 	defer func() {
@@ -221,28 +278,82 @@ func (c *checkpoints) write(ctx context.Context, ck *lba.Checkpoint, pos positio
 	if err := c.writePages(ctx, ck); err != nil {
 		return err
 	}
-	if err := v.syncAll(); err != nil {
+	if err := c.syncLog(n.snapshot != nil); err != nil {
 		return err
 	}
+	buf, err := c.encodeRoot(n)
+	if err != nil {
+		return err
+	}
+	if n.snapshot != nil {
+		if err := c.writeRoot(snapName(c.sequence+1), buf, nil); err != nil {
+			c.removeMapFile(snapName(c.sequence + 1))
+			return err
+		}
+	}
+	err = c.writeRoot(rootName(c.sequence+1), buf, &tried)
+	if err != nil && n.snapshot != nil {
+		c.removeMapFile(snapName(c.sequence + 1))
+	}
+	return err
+}
+
+// syncLog makes the log durable. A snapshot that a full disk does not let in fails;
+// an ordinary checkpoint waits.
+func (c *checkpoints) syncLog(once bool) error {
+	v := c.v
+	if !once {
+		return v.syncAll()
+	}
+	if v.failed.Load() {
+		return fmt.Errorf("%w: an earlier sync failed", block.ErrFailed)
+	}
+	v.gate.RLock()
+	target := v.cur
+	records, _ := unpack(target.head.Load())
+	v.gate.RUnlock()
+	return v.trySync(target, records)
+}
+
+// encodeRoot is done when the pages are written: a snapshot then knows which page
+// objects it needs.
+func (c *checkpoints) encodeRoot(n *newRoot) ([]byte, error) {
+	pinned := maps.Clone(c.pinned)
+	if s := n.snapshot; s != nil {
+		s.LastObject = c.object
+		after := c.newestSnapshot().LastObject
+		for _, addr := range n.directory() {
+			if o := addr.Object(); o > after && !pinned[o] {
+				pinned[o] = true
+				n.fresh = append(n.fresh, o)
+			}
+		}
+	}
+	n.blob.objects = sortedObjects(pinned)
+	blob, err := n.blob.encode()
+	if err != nil {
+		return nil, err
+	}
 	root := lba.Root{
-		Volume: v.cfg.ID, Sequence: c.sequence + 1, LogSCO: pos.sco, LogRecord: uint64(pos.records),
-		Clusters: clusters, Mapped: ck.Mapped(), Blob: table, Directory: ck.Directory(),
+		Volume: c.v.cfg.ID, Sequence: c.sequence + 1, LogSCO: n.pos.sco, LogRecord: uint64(n.pos.records),
+		Clusters: n.clusters, Mapped: n.mapped, Blob: blob, Directory: n.directory(),
 	}
 	var buf bytes.Buffer
 	if err := root.Encode(&buf); err != nil {
+		return nil, err
+	}
+	return buf.Bytes(), nil
+}
+
+// writeRoot stores a root under a name; tried is set before that can exist.
+func (c *checkpoints) writeRoot(name string, root []byte, tried *bool) error {
+	if err := c.v.stageMapFile(name, bytes.NewReader(root), int64(len(root))); err != nil {
 		return err
 	}
-	name := rootName(root.Sequence)
-	if err := v.stageMapFile(name, bytes.NewReader(buf.Bytes()), int64(buf.Len())); err != nil {
-		return err
+	if tried != nil {
+		*tried = true
 	}
-	tried = true
-	if err := v.nameMapFile(name); err != nil {
-		return err
-	}
-	c.sequence++
-	ck.Commit()
-	return nil
+	return c.v.nameMapFile(name)
 }
 
 // writePages writes the pages that have changed to new page objects.
@@ -283,9 +394,7 @@ func (c *checkpoints) writePages(ctx context.Context, ck *lba.Checkpoint) error 
 // removeObjects removes local page objects that no root can refer to.
 func (c *checkpoints) removeObjects(first, last uint32) {
 	for o := first; o <= last; o++ {
-		if err := c.v.eng.cfg.FS.Remove(c.v.mapPath(pagesName(o))); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			c.v.log.Warn().Err(err).Uint32("object", o).Msg("page object of a failed checkpoint can't be removed")
-		}
+		c.removeMapFile(pagesName(o))
 	}
 }
 
@@ -342,7 +451,8 @@ func (v *Volume) nameMapFile(name string) error {
 }
 
 // removeStale removes local roots but the newest and those that are to be
-// published, and page objects that none of them needs. Caller holds mu.
+// published, and page objects that none of them needs. What only snapshots need
+// stays until it is in the store. Caller holds mu.
 func (c *checkpoints) removeStale() {
 	v := c.v
 	names, err := v.eng.cfg.FS.List(v.mapDir())
@@ -354,6 +464,14 @@ func (c *checkpoints) removeStale() {
 	for _, o := range v.m.Objects() {
 		keep[pagesName(o)] = true
 	}
+	for o := range c.pinned {
+		if !c.inStore[o] {
+			keep[pagesName(o)] = true
+		}
+	}
+	for _, p := range c.queue {
+		keep[snapName(p.sequence)] = true
+	}
 	for _, p := range []*publication{c.pending, c.newest} {
 		if p == nil {
 			continue
@@ -364,7 +482,7 @@ func (c *checkpoints) removeStale() {
 		}
 	}
 	for _, n := range names {
-		if keep[n] || !(strings.HasPrefix(n, rootPrefix) || strings.HasPrefix(n, pagesPrefix)) {
+		if keep[n] || !(strings.HasPrefix(n, rootPrefix) || strings.HasPrefix(n, pagesPrefix) || strings.HasPrefix(n, snapPrefix)) {
 			continue
 		}
 		var object uint32
@@ -372,79 +490,12 @@ func (c *checkpoints) removeStale() {
 			c.reader.Forget(object)
 			c.stored.Forget(object)
 		}
-		if err := v.eng.cfg.FS.Remove(v.mapPath(n)); err != nil {
-			v.log.Warn().Err(err).Str("file", n).Msg("old checkpoint file can't be removed")
-		}
+		c.removeMapFile(n)
 	}
 }
 
-// The SCO table is the driver's part of a root: version u32, count u32, then
-// for each SCO number u64, size i64, CRC table offset i64, clusters u32, records
-// u32, live u32, flags u32 (1: it was sealed, the other fields count).
-const (
-	tableVersion  = 1
-	tableEntryLen = 40
-	tableSealed   = 1
-)
-
-// snapshotSCOs encodes the table and lists the SCOs that nothing refers to.
-// Caller holds the gate exclusively, so the counts are those of the map.
-func (v *Volume) snapshotSCOs() (table []byte, dead []uint64) {
-	v.metaMu.Lock()
-	defer v.metaMu.Unlock()
-	le := binary.LittleEndian
-	table = make([]byte, 8, 8+tableEntryLen*(len(v.scos)+len(v.unsealed)))
-	le.PutUint32(table, tableVersion)
-	n := uint32(0)
-	add := func(m scoMeta, flags uint32) {
-		table = le.AppendUint64(table, m.number)
-		table = le.AppendUint64(table, uint64(m.size))
-		table = le.AppendUint64(table, uint64(m.crcOff))
-		table = le.AppendUint32(table, m.clusters)
-		table = le.AppendUint32(table, m.records)
-		table = le.AppendUint32(table, uint32(v.live.at(m.number).Load()))
-		table = le.AppendUint32(table, flags)
-		n++
+func (c *checkpoints) removeMapFile(name string) {
+	if err := c.v.eng.cfg.FS.Remove(c.v.mapPath(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		c.v.log.Warn().Err(err).Str("file", name).Msg("old checkpoint file can't be removed")
 	}
-	for _, m := range v.scos {
-		if m.dropping {
-			continue
-		}
-		add(*m, tableSealed)
-		if v.live.at(m.number).Load() == 0 {
-			dead = append(dead, m.number)
-		}
-	}
-	for _, l := range v.unsealed {
-		if r, c := unpack(l.head.Load()); r > 0 {
-			add(scoMeta{number: l.hdr.Number, clusters: c, records: r}, 0)
-		}
-	}
-	le.PutUint32(table[4:], n)
-	return table, dead
-}
-
-type tableEntry struct {
-	scoMeta
-	live   uint32
-	sealed bool
-}
-
-func decodeTable(b []byte) ([]tableEntry, error) {
-	le := binary.LittleEndian
-	if len(b) < 8 || le.Uint32(b) != tableVersion || uint64(len(b)-8) != uint64(le.Uint32(b[4:]))*tableEntryLen {
-		return nil, fmt.Errorf("SCO table of %d bytes: %w", len(b), lba.ErrFormat)
-	}
-	out := make([]tableEntry, le.Uint32(b[4:]))
-	for i := range out {
-		e := b[8+i*tableEntryLen:]
-		out[i] = tableEntry{
-			scoMeta: scoMeta{
-				number: le.Uint64(e), size: int64(le.Uint64(e[8:])), crcOff: int64(le.Uint64(e[16:])),
-				clusters: le.Uint32(e[24:]), records: le.Uint32(e[28:]),
-			},
-			live: le.Uint32(e[32:]), sealed: le.Uint32(e[36:])&tableSealed != 0,
-		}
-	}
-	return out, nil
 }

@@ -44,6 +44,9 @@ type VolumeConfig struct {
 	ReadOnly     bool
 	Epoch        uint64 // the owner's fencing number, at least 1
 	Store        Store
+	// Snapshots are those that exist, in any order: all that the registry has but
+	// those that are being deleted. Whatever else is found of snapshots is removed.
+	Snapshots []Snapshot
 }
 
 // Limits of VolumeConfig.

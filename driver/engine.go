@@ -267,7 +267,7 @@ func (e *Engine) openVolume(ctx context.Context, cfg VolumeConfig, tag uint32) (
 	}
 	v := &Volume{
 		eng: e, cfg: cfg, tag: tag, m: m, dir: e.volumeDir(cfg.ID),
-		log: e.cfg.Log.With().Str("volume", cfg.Name).Logger(), scos: map[uint64]*scoMeta{},
+		log: e.cfg.Log.With().Str("volume", cfg.Name).Logger(), scos: map[uint64]*scoMeta{}, pins: map[uint64]uint32{},
 	}
 	v.ctx, v.cancel = context.WithCancel(context.Background())
 	// All SCOs that can have chunks in the pool, and those waiting to be sealed.

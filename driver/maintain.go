@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 )
 
@@ -71,7 +72,7 @@ type logEnd struct {
 // to do.
 func (v *Volume) resting() bool {
 	rest := v.rest.Load()
-	if rest == nil || !v.gate.TryRLock() {
+	if rest == nil || v.ckpt.owes.Load() || !v.gate.TryRLock() {
 		return false
 	}
 	defer v.gate.RUnlock()
@@ -109,12 +110,13 @@ func (v *Volume) housekeep(ctx context.Context, idle time.Duration) {
 	v.forgetEmptyRAM()
 	quiet := v.publishNow(ctx)
 	due, must := v.checkpointDue(idle)
+	due = due || v.ckpt.isOverdue()
 	if due && (must || v.ckpt.idle()) {
 		quiet = false
 		v.checkpointNow(ctx)
 	}
 	v.compactCheckpoints(ctx)
-	if v.scrub(ctx) && quiet && !due && v.ckpt.idle() && v.unsealedRecords() == 0 && v.allStored() {
+	if v.scrub(ctx) && quiet && !due && v.ckpt.idle() && !v.ckpt.owes.Load() && v.unsealedRecords() == 0 && v.allStored() {
 		v.rest.Store(&end)
 	}
 }
@@ -212,7 +214,8 @@ func (v *Volume) compactCheckpoints(ctx context.Context) {
 	c := v.ckpt
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	objects := v.m.Objects()
+	// Pages that a snapshot refers to as well would only be doubled.
+	objects := slices.DeleteFunc(c.own(v.m.Objects()), func(o uint32) bool { return c.pinned[o] })
 	if len(objects) < 8 {
 		return
 	}

@@ -44,6 +44,7 @@ type world struct {
 	flushed []byte   // model at the last completed flush
 	history []update // single effects since then, in log order
 	trace   []string
+	shots   []shot
 }
 
 // update is one effect that is in the log whole or not at all.
@@ -355,7 +356,9 @@ func (w *world) restart() {
 // step does one random operation that doesn't end the world.
 func (w *world) step() error {
 	ctx := context.Background()
-	switch n := w.rng.IntN(100); {
+	switch n := w.rng.IntN(110); {
+	case n >= 100:
+		return w.snapshotStep()
 	case n < 35:
 		off, length := w.span(cluster, 20)
 		return w.write(off, length, false)
@@ -450,6 +453,7 @@ func TestP2Model(t *testing.T) {
 			case 1:
 				w.crash()
 				w.verifyPrefix()
+				w.verifyShots()
 				w.check()
 			case 2:
 				w.restart()
@@ -460,6 +464,8 @@ func TestP2Model(t *testing.T) {
 		}
 		w.restart()
 		w.verifyAll()
+		w.verifyShots()
+		w.verifySpace()
 		w.check()
 		if err := w.eng.Close(context.Background()); err != nil {
 			t.Fatal(err)
@@ -529,6 +535,7 @@ func TestP2CrashAtEveryStep(t *testing.T) {
 			w.note("power lost at disk call %d", countdown)
 			w.goOnFrom(clone)
 			w.verifyPrefix()
+			w.verifyShots()
 			w.check()
 		}
 	})

@@ -43,32 +43,74 @@ func (v *Volume) publish(ctx context.Context) (bool, error) {
 	return done, errors.Join(errs...)
 }
 
-// publishRoot reports whether it has published a root.
+// publishRoot reports whether it has published a root. Those of snapshots go
+// first, in the order of their making.
 func (c *checkpoints) publishRoot(ctx context.Context) (bool, error) {
 	v := c.v
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	defer c.settleAccount()
+	for len(c.queue) > 0 && v.uploadedUpTo(c.queue[0].pos.sco, c.queue[0].dead) {
+		p := c.queue[0]
+		if err := c.putAll(ctx, p, snapName(p.sequence)); err != nil {
+			return false, fmt.Errorf("publish snapshot: %w", err)
+		}
+		c.queue = c.queue[1:]
+		c.removeMapFile(snapName(p.sequence))
+	}
 	p := c.pending
 	if p == nil || !v.uploadedUpTo(p.pos.sco, p.dead) {
 		return false, nil
 	}
+	if err := c.putAll(ctx, p, rootName(p.sequence)); err != nil {
+		return false, fmt.Errorf("publish checkpoint: %w", err)
+	}
+	err := c.removeGone(ctx, p.sequence)
+	if err == nil {
+		c.doomed = append(c.doomed, v.doom(p.dead)...)
+	}
+	next := c.newest
+	c.newest = nil
+	c.await(next)
+	if err != nil {
+		c.overdue = true // another root tries again, before any SCO is deleted
+		return true, err
+	}
+	return true, c.removeStaleInStore(ctx, p)
+}
+
+// settleAccount notes whether the store lacks anything. Caller holds mu.
+func (c *checkpoints) settleAccount() {
+	c.owes.Store(c.pending != nil || len(c.queue) > 0 || len(c.gone) > 0)
+}
+
+// putAll uploads page objects and then the root that needs them.
+func (c *checkpoints) putAll(ctx context.Context, p *publication, root string) error {
 	for _, o := range p.objects {
 		if c.inStore[o] {
 			continue
 		}
 		if err := c.put(ctx, pagesName(o)); err != nil {
-			return false, fmt.Errorf("publish checkpoint: %w", err)
+			return err
 		}
 		c.inStore[o] = true
 	}
-	if err := c.put(ctx, rootName(p.sequence)); err != nil {
-		return false, fmt.Errorf("publish checkpoint: %w", err)
+	return c.put(ctx, root)
+}
+
+// removeGone deletes the roots of snapshots that the published root with that
+// sequence number does without.
+func (c *checkpoints) removeGone(ctx context.Context, sequence uint64) error {
+	for seq, since := range c.gone {
+		if since > sequence {
+			continue
+		}
+		if err := c.v.cfg.Store.Delete(ctx, c.v.namespace(), snapName(seq), c.v.cfg.Epoch); err != nil {
+			return fmt.Errorf("delete snapshot: %w", err)
+		}
+		delete(c.gone, seq)
 	}
-	c.doomed = append(c.doomed, v.doom(p.dead)...)
-	next := c.newest
-	c.newest = nil
-	c.await(next)
-	return true, c.removeStaleInStore(ctx, p)
+	return nil
 }
 
 // await makes p, which may be nil, the root that goes to the store next. SCOs that
@@ -121,6 +163,9 @@ func (c *checkpoints) removeStaleInStore(ctx context.Context, p *publication) er
 	v := c.v
 	keep := map[string]bool{rootName(p.sequence): true}
 	for _, o := range p.objects {
+		keep[pagesName(o)] = true
+	}
+	for o := range c.pinned {
 		keep[pagesName(o)] = true
 	}
 	for _, prefix := range []string{rootPrefix, pagesPrefix} {
@@ -187,6 +232,9 @@ func (v *Volume) deleteSCO(ctx context.Context, n uint64) (gone bool, err error)
 	}
 	if !dropping {
 		current, err := v.anyCurrent(ctx, m)
+		if err == nil && !current {
+			current, err = v.anyInSnapshot(ctx, m)
+		}
 		switch {
 		case errors.Is(err, sco.ErrFormat):
 			// Nobody reads it and nobody can vouch for it: it stays.

@@ -126,12 +126,15 @@ func (v *Volume) readInline(r *block.Request, loc lba.Location) (ok bool, err er
 }
 
 // locate is Get for goroutines that may read map pages.
-func (v *Volume) locate(cluster uint64) (lba.Location, error) {
+func (v *Volume) locate(cluster uint64) (lba.Location, error) { return v.locateOn(v.ctx, v.m, cluster) }
+
+// locateOn looks a cluster up in the volume's map or in a snapshot's.
+func (v *Volume) locateOn(ctx context.Context, m *lba.Map, cluster uint64) (lba.Location, error) {
 	for {
-		if loc, ok := v.m.Get(cluster); ok {
+		if loc, ok := m.Get(cluster); ok {
 			return loc, nil
 		}
-		if err := v.m.Load(v.ctx, v.ckpt, cluster, 1); err != nil {
+		if err := m.Load(ctx, v.ckpt, cluster, 1); err != nil {
 			return 0, err
 		}
 	}
@@ -144,12 +147,13 @@ var bufferPool = sync.Pool{New: func() any { return new([maxRunClusters * block.
 func (v *Volume) readSlow(r *block.Request) {
 	debug.SetPanicOnFault(true)
 	start := time.Now()
-	err := v.readSlowly(r)
+	err := v.readSlowly(v.m, &v.seq, r)
 	v.stats.stages[StageRead].since(start)
 	v.end(r, err)
 }
 
-func (v *Volume) readSlowly(r *block.Request) (err error) {
+// readSlowly fills r by way of m, the volume's map or a snapshot's.
+func (v *Volume) readSlowly(m *lba.Map, seq *seqReader, r *block.Request) (err error) {
 	defer func() {
 		if e := recover(); e != nil {
 			err = faultError(e)
@@ -158,7 +162,7 @@ func (v *Volume) readSlowly(r *block.Request) (err error) {
 	buf := bufferPool.Get().(*[maxRunClusters * block.ClusterSize]byte)
 	defer bufferPool.Put(buf)
 	dst := segments{list: r.Segments}
-	sequential := v.seq.saw(r.Offset, r.Length)
+	sequential := seq.saw(r.Offset, r.Length)
 	for pos, end := r.Offset, r.Offset+r.Length; pos < end; {
 		cluster := pos / block.ClusterSize
 		off := pos % block.ClusterSize
@@ -166,7 +170,7 @@ func (v *Volume) readSlowly(r *block.Request) (err error) {
 		if sequential {
 			want = maxRunClusters // what comes along stays in the read cache
 		}
-		got, err := v.readRun(cluster, uint32(want), buf[:])
+		got, err := v.readRun(m, cluster, uint32(want), buf[:])
 		if err != nil {
 			return fmt.Errorf("read %d bytes at %d: %w", r.Length, r.Offset, err)
 		}
@@ -179,9 +183,9 @@ func (v *Volume) readSlowly(r *block.Request) (err error) {
 
 // readRun reads up to n consecutive clusters from cluster on that can be read
 // with one access, and returns how many.
-func (v *Volume) readRun(cluster uint64, n uint32, buf []byte) (got uint32, err error) {
+func (v *Volume) readRun(m *lba.Map, cluster uint64, n uint32, buf []byte) (got uint32, err error) {
 	for try := 0; ; try++ {
-		loc, err := v.locate(cluster)
+		loc, err := v.locateOn(v.ctx, m, cluster)
 		if err != nil {
 			return 0, err
 		}
@@ -189,23 +193,22 @@ func (v *Volume) readRun(cluster uint64, n uint32, buf []byte) (got uint32, err 
 			clear(buf[:block.ClusterSize])
 			return 1, nil
 		}
-		run := v.runLength(cluster, loc, n)
-		got, err = v.readAt(v.ctx, loc, run, buf)
+		got, err = v.readAt(v.ctx, loc, runLength(m, cluster, loc, n), buf)
 		if err == nil {
 			return got, nil
 		}
 		// The cluster may have moved and its SCO gone since we looked.
-		if now, lerr := v.locate(cluster); lerr != nil || now == loc || try > 100 {
+		if now, lerr := v.locateOn(v.ctx, m, cluster); lerr != nil || now == loc || try > 100 {
 			return 0, err
 		}
 	}
 }
 
 // runLength is how many clusters from cluster on lie one behind the other.
-func (v *Volume) runLength(cluster uint64, loc lba.Location, n uint32) uint32 {
+func runLength(m *lba.Map, cluster uint64, loc lba.Location, n uint32) uint32 {
 	k := uint32(1)
 	for k < n {
-		next, ok := v.m.Get(cluster + uint64(k))
+		next, ok := m.Get(cluster + uint64(k))
 		if !ok || next != lba.MakeLocation(loc.SCO(), loc.Cluster()+k) {
 			break
 		}

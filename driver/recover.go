@@ -146,7 +146,8 @@ func (v *Volume) recoverFrom(ctx context.Context, inv *inventory) error {
 // restoreCheckpoint loads the newest root, from the local disk or the store,
 // and what belongs to the SCOs up to its position.
 func (v *Volume) restoreCheckpoint(ctx context.Context, inv *inventory) error {
-	root, err := v.findRoot(ctx)
+	found := &foundSnaps{local: map[uint64]bool{}, stored: map[uint64]bool{}}
+	root, err := v.findRoot(ctx, found)
 	if err != nil || root == nil {
 		return err
 	}
@@ -156,13 +157,24 @@ func (v *Volume) restoreCheckpoint(ctx context.Context, inv *inventory) error {
 	// findRoot has seen newer ones if this is one that it fell back to.
 	v.ckpt.sequence = max(v.ckpt.sequence, root.Sequence)
 	v.ckpt.pos = position{root.LogSCO, uint32(root.LogRecord)}
-	table, err := decodeTable(root.Blob)
+	blob, err := decodeBlob(root.Blob)
 	if err != nil {
 		return err
 	}
+	for _, o := range blob.objects {
+		v.ckpt.pinned[o] = true
+	}
+	for i := range blob.scos {
+		if e := &blob.scos[i]; e.pinned > 0 {
+			v.pins[e.number] = e.pinned
+		}
+	}
+	if err := v.restoreSnapshots(ctx, root, blob, found); err != nil {
+		return err
+	}
 	known := map[uint64]bool{}
-	for i := range table {
-		e := &table[i]
+	for i := range blob.scos {
+		e := &blob.scos[i]
 		known[e.number] = true
 		v.live.ensure(e.number)
 		v.live.at(e.number).Store(int32(e.live))
@@ -202,12 +214,12 @@ func (v *Volume) restoreSCO(ctx context.Context, e *tableEntry, inv *inventory) 
 	m := e.scoMeta
 	m.local, m.uploaded = inv.local[m.number], inv.uploaded[m.number]
 	if e.sealed {
-		if e.live == 0 && !m.local && !m.uploaded {
+		if e.live == 0 && v.pins[m.number] == 0 && !m.local && !m.uploaded {
 			return nil // its space was given back after the checkpoint
 		}
 		v.addSealed(&m)
 		if !m.local && !m.uploaded {
-			v.raise("missing-data", "SCO %d is neither on the local disk nor in the store: reads of its %d live clusters fail", m.number, e.live)
+			v.raise("missing-data", "SCO %d is neither on the local disk nor in the store: reads of its %d live clusters fail", m.number, max(e.live, v.pins[m.number]))
 		}
 		return nil
 	}
@@ -242,7 +254,7 @@ func (v *Volume) releaseFound(chunks []foundChunk) {
 }
 
 // findRoot returns the newest readable root and forgets temporary files.
-func (v *Volume) findRoot(ctx context.Context) (*lba.Root, error) {
+func (v *Volume) findRoot(ctx context.Context, found *foundSnaps) (*lba.Root, error) {
 	local, err := v.eng.cfg.FS.List(v.mapDir())
 	if err != nil {
 		return nil, err
@@ -263,6 +275,10 @@ func (v *Volume) findRoot(ctx context.Context) (*lba.Root, error) {
 			roots = append(roots, n)
 			var sequence uint64
 			if _, err := fmt.Sscanf(n, rootPrefix+"%016x", &sequence); err == nil {
+				v.ckpt.sequence = max(v.ckpt.sequence, sequence)
+			}
+		case strings.HasPrefix(n, snapPrefix):
+			if sequence, ok := found.see(n, i >= len(local)); ok {
 				v.ckpt.sequence = max(v.ckpt.sequence, sequence)
 			}
 		case strings.HasPrefix(n, pagesPrefix):

@@ -54,12 +54,8 @@ func (v *Volume) DeadBytes() (n uint64) {
 // if there is none.
 func (v *Volume) DuplicateInTable() uint64 {
 	v.gate.Lock()
-	table, _ := v.snapshotSCOs()
+	entries, _ := v.tableNow(noPins)
 	v.gate.Unlock()
-	entries, err := decodeTable(table)
-	if err != nil {
-		panic(err)
-	}
 	seen := map[uint64]bool{}
 	for _, e := range entries {
 		if seen[e.number] {

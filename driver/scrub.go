@@ -21,7 +21,8 @@ const (
 )
 
 // spaceUse sums up the sealed SCOs, in clusters, without those that only have to
-// be deleted yet.
+// be deleted yet. Garbage in a SCO that snapshots reach is left out: nothing that
+// the scrubber could do gives it back.
 type spaceUse struct{ clusters, live, dead uint64 }
 
 func (v *Volume) usage() (u spaceUse) {
@@ -32,8 +33,12 @@ func (v *Volume) usage() (u spaceUse) {
 			continue
 		}
 		n := v.live.at(m.number).Load()
-		u.clusters += uint64(m.clusters)
 		u.live += uint64(max(n, 0))
+		if v.pins[m.number] > 0 {
+			u.clusters += uint64(max(n, 0))
+			continue
+		}
+		u.clusters += uint64(m.clusters)
 		if n == 0 {
 			u.dead += uint64(m.clusters)
 		}
@@ -147,7 +152,8 @@ func (v *Volume) leaveAlone(m *scoMeta, why error) {
 }
 
 // emptiest picks the sealed SCO with the smallest part of live clusters, nil if
-// none would give anything back. Caller holds house.
+// none would give anything back: what snapshots reach stays where it is. Caller
+// holds house.
 func (v *Volume) emptiest() *scoMeta {
 	now := time.Now()
 	for n, until := range v.unscrubbed {
@@ -164,7 +170,7 @@ func (v *Volume) emptiest() *scoMeta {
 	var bestPart float64
 	for _, m := range v.scos {
 		n := v.live.at(m.number).Load()
-		if _, skip := v.unscrubbed[m.number]; skip || n <= 0 || m.dropping || !m.uploaded {
+		if _, skip := v.unscrubbed[m.number]; skip || n <= 0 || m.dropping || !m.uploaded || v.pins[m.number] > 0 {
 			continue
 		}
 		part := float64(n) / float64(max(m.clusters, 1))

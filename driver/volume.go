@@ -52,6 +52,10 @@ type Volume struct {
 
 	metaMu sync.Mutex
 	scos   map[uint64]*scoMeta // every SCO that is sealed
+	// pins is how many clusters of a SCO snapshots reach, none left out. snaps,
+	// oldest first, changes under ckpt.mu too, either suffices for reading.
+	pins  map[uint64]uint32
+	snaps []*snapshotState
 
 	parked  parkedQueue
 	waiting waitingSet
@@ -240,61 +244,6 @@ func (v *Volume) Holder() (block.Claimant, bool) { return v.claims.current() }
 
 // Watch implements block.Device.
 func (v *Volume) Watch(fn func(block.Info)) func() { return v.watches.add(fn) }
-
-// BlockStatus implements block.Device.
-func (v *Volume) BlockStatus(ctx context.Context, off, length uint64, fn func(block.Extent) bool) error {
-	ctx, leave, err := v.enter(ctx)
-	if err != nil {
-		return err
-	}
-	defer leave()
-	size := v.Info().Size
-	if off >= size {
-		return nil
-	}
-	end := off + min(length, size-off)
-	const step = 512 * block.ClusterSize // a leaf at a time
-	var cur block.Extent
-	for pos := off; pos < end; {
-		stop := min(end, (pos/step+1)*step)
-		first, last := pos/block.ClusterSize, (stop+block.ClusterSize-1)/block.ClusterSize
-		locs := make([]lba.Location, last-first)
-		for n, tried := 0, false; n < len(locs); {
-			k := v.m.GetRange(first+uint64(n), locs[n:])
-			n += k
-			if tried = tried && k == 0; k > 0 {
-				continue
-			}
-			if tried {
-				return fmt.Errorf("map page of cluster %d: %w", first+uint64(n), errNotLoaded)
-			}
-			tried = true
-			if err := v.m.Load(ctx, v.ckpt, first+uint64(n), 1); err != nil {
-				return err
-			}
-		}
-		for i, loc := range locs {
-			a := max(pos, (first+uint64(i))*block.ClusterSize)
-			b := min(stop, (first+uint64(i)+1)*block.ClusterSize)
-			if cur.Length > 0 && cur.Mapped == (loc != 0) {
-				cur.Length += b - a
-				continue
-			}
-			if cur.Length > 0 && !fn(cur) {
-				return nil
-			}
-			cur = block.Extent{Offset: a, Length: b - a, Mapped: loc != 0}
-		}
-		pos = stop
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-	}
-	if cur.Length > 0 {
-		fn(cur)
-	}
-	return nil
-}
 
 // Close stops the volume: waiting requests end, everything is made durable and a
 // checkpoint is written so that the next opening replays nothing. Front ends

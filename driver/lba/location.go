@@ -67,6 +67,9 @@ func (l Location) String() string {
 	return fmt.Sprintf("%d:%d@%d", l.SCO(), l.Cluster(), l.Level())
 }
 
+// SlotOf returns slot i of a stored leaf's page, which is PageBytes long.
+func SlotOf(page []byte, i uint64) Location { return Location(le.Uint64(page[8*i:])) }
+
 // PageAddr says where a leaf's page is stored: checkpoint object number (high
 // 32 bits, from 1 on) and index of the page within the object. Zero is none.
 type PageAddr uint64

@@ -1,0 +1,292 @@
+package driver_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/uuid"
+
+	"scoria/driver"
+	"scoria/driver/block"
+)
+
+// shot is a snapshot beside what it must read as. That it is in the world's list
+// is the registry's record.
+type shot struct {
+	driver.Snapshot
+	data []byte
+}
+
+// maxShots bounds how many snapshots a world keeps at a time.
+const maxShots = 6
+
+func randomID(rng *rand.Rand) (id uuid.UUID) {
+	binary.LittleEndian.PutUint64(id[:], rng.Uint64())
+	binary.LittleEndian.PutUint64(id[8:], rng.Uint64()|1)
+	return id
+}
+
+// record tells the volume's next opening which snapshots exist.
+func (w *world) recordShots() {
+	w.cfg.Snapshots = nil
+	for _, s := range w.shots {
+		w.cfg.Snapshots = append(w.cfg.Snapshots, s.Snapshot)
+	}
+	w.rng.Shuffle(len(w.cfg.Snapshots), func(i, j int) {
+		w.cfg.Snapshots[i], w.cfg.Snapshots[j] = w.cfg.Snapshots[j], w.cfg.Snapshots[i]
+	})
+}
+
+func (w *world) snapshot() error {
+	name := fmt.Sprintf("s%d", len(w.trace))
+	w.note("snapshot %s", name)
+	s, err := w.vol.CreateSnapshot(context.Background(), randomID(w.rng), name, map[string]string{"n": name})
+	if err != nil {
+		return err
+	}
+	if s.Size != w.vol.Info().Size || s.Name != name {
+		w.t.Fatalf("%s: made %+v", w.where(), s)
+	}
+	w.shots = append(w.shots, shot{s, bytes.Clone(w.model)})
+	w.recordShots()
+	w.settled()
+	return nil
+}
+
+func (w *world) deleteShot(i int) error {
+	s := w.shots[i]
+	w.note("delete snapshot %s", s.Name)
+	w.shots = slices.Delete(w.shots, i, i+1)
+	w.recordShots() // it is being deleted
+	return w.vol.DeleteSnapshot(context.Background(), s.ID)
+}
+
+// readShot compares part of a snapshot.
+func (w *world) readShot(s shot, off, length uint64) error {
+	view, err := w.vol.OpenSnapshot(context.Background(), s.ID)
+	if err != nil {
+		return err
+	}
+	defer view.Close()
+	got := make([]byte, min(length, s.Size-off))
+	if err := do(view, &block.Request{Op: block.OpRead, Offset: off, Length: uint64(len(got)), Segments: w.split(got)}); err != nil {
+		return fmt.Errorf("read snapshot %s: %w", s.Name, err)
+	}
+	if want := s.data[off : off+uint64(len(got))]; !bytes.Equal(got, want) {
+		w.t.Fatalf("%s: snapshot %s at %d+%d differs in clusters %v (from there on)", w.where(), s.Name, off, len(got), diff(got[:len(got)&^(cluster-1)], want))
+	}
+	return nil
+}
+
+// snapshotStep does one of the things that have to do with snapshots.
+func (w *world) snapshotStep() error {
+	if len(w.shots) == 0 || len(w.shots) < maxShots && w.rng.IntN(3) == 0 {
+		return w.snapshot()
+	}
+	i := w.rng.IntN(len(w.shots))
+	if w.rng.IntN(3) == 0 {
+		return w.deleteShot(i)
+	}
+	w.note("read snapshot %s", w.shots[i].Name)
+	off, length := w.span(sector, 800)
+	if off >= w.shots[i].Size {
+		return nil
+	}
+	return w.readShot(w.shots[i], off, length)
+}
+
+// verifyShots compares all snapshots, and what the volume says of them.
+func (w *world) verifyShots() {
+	w.t.Helper()
+	var names []string
+	for _, s := range w.vol.Snapshots() {
+		names = append(names, s.Name)
+	}
+	var want []string
+	for _, s := range w.shots {
+		want = append(want, s.Name)
+		for off := uint64(0); off < s.Size; off += 4 << 20 {
+			if err := w.readShot(s, off, 4<<20); err != nil {
+				w.t.Fatalf("%s: %v", w.where(), err)
+			}
+		}
+	}
+	if !slices.Equal(names, want) {
+		w.t.Fatalf("%s: the volume has snapshots %v, want %v", w.where(), names, want)
+	}
+}
+
+// verifySpace sees that exactly what is reached takes space when all has been given
+// back that can be: no SCO, page object or root too few or too many.
+func (w *world) verifySpace() {
+	w.t.Helper()
+	ctx := context.Background()
+	must := func(err error) {
+		w.t.Helper()
+		if err != nil {
+			w.t.Fatalf("%s: %v", w.where(), err)
+		}
+	}
+	for try := 0; try < 3 || !w.vol.Settled(); try++ {
+		must(w.vol.CheckpointAnew(ctx))
+		w.vol.WaitSealed()
+		for range 3 { // the one that waits, the one behind it, and what is dead
+			_, err := w.vol.Publish(ctx)
+			must(err)
+		}
+		if try > 200 {
+			w.t.Fatalf("%s: there is always something left to do", w.where())
+		}
+	}
+	reached, objects, err := w.vol.Reached(ctx)
+	must(err)
+	held := w.vol.Held()
+	for n := range reached {
+		if !held[n] {
+			w.t.Fatalf("%s: SCO %d is reached and gone", w.where(), n)
+		}
+	}
+	for n := range held {
+		if reached[n] == 0 {
+			w.t.Fatalf("%s: SCO %d is not reached and takes space", w.where(), n)
+		}
+	}
+	names, err := w.store.List(ctx, w.cfg.ID.String(), "")
+	must(err)
+	var want []string
+	for n := range reached {
+		want = append(want, fmt.Sprintf("sco-%016x", n))
+	}
+	for o := range objects {
+		want = append(want, fmt.Sprintf("pages-%08x", o))
+	}
+	for _, s := range w.shots {
+		want = append(want, fmt.Sprintf("snap-%016x", s.Sequence))
+	}
+	slices.Sort(want)
+	got := slices.DeleteFunc(names, func(n string) bool { return strings.HasPrefix(n, "root-") })
+	slices.Sort(got)
+	if !slices.Equal(got, want) {
+		w.t.Fatalf("%s: the store has\n%v\nwant\n%v", w.where(), got, want)
+	}
+	w.verifyAlone(ctx)
+}
+
+// verifyAlone compares the space of each snapshot with what deleting it would give.
+func (w *world) verifyAlone(ctx context.Context) {
+	w.t.Helper()
+	got, err := w.vol.SnapshotSpace(ctx)
+	if err != nil {
+		w.t.Fatalf("%s: %v", w.where(), err)
+	}
+	want, err := w.vol.ReachedAlone(ctx)
+	if err != nil {
+		w.t.Fatalf("%s: %v", w.where(), err)
+	}
+	for _, s := range w.shots {
+		if got[s.ID] != want[s.ID]*cluster {
+			w.t.Fatalf("%s: snapshot %s alone holds %d clusters, %d are said", w.where(), s.Name, want[s.ID], got[s.ID]/cluster)
+		}
+	}
+}
+
+// TestSnapshotSpace: deleting snapshots in any order gives back what they held
+// alone, and at the end everything that is not live.
+func TestSnapshotSpace(t *testing.T) {
+	forSeeds(t, raced(10, 3), func(t *testing.T, rng *rand.Rand) {
+		w := newWorld(t, rng, 4<<20, 1<<20, 8<<20)
+		must := func(err error) {
+			t.Helper()
+			if err != nil {
+				t.Fatalf("%s: %v", w.where(), err)
+			}
+		}
+		for range 5 {
+			for range 1 + rng.IntN(20) {
+				off, length := w.span(cluster, 100)
+				must(w.write(off, length, false))
+			}
+			must(w.snapshot())
+		}
+		w.verifySpace()
+		w.verifyShots()
+		for len(w.shots) > 0 {
+			must(w.deleteShot(rng.IntN(len(w.shots))))
+			if rng.IntN(2) == 0 {
+				w.restart()
+			}
+			w.verifySpace()
+			w.verifyShots()
+			w.check()
+		}
+	})
+}
+
+// TestSnapshotRefusals: what can't be done is refused and changes nothing.
+func TestSnapshotRefusals(t *testing.T) {
+	w := newWorld(t, rand.New(rand.NewPCG(1, 1)), 4<<20, 1<<20, 8<<20)
+	ctx := context.Background()
+	if err := w.write(0, 8*cluster, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.snapshot(); err != nil {
+		t.Fatal(err)
+	}
+	s := w.shots[0]
+	if _, err := w.vol.CreateSnapshot(ctx, s.ID, "again", nil); !errors.Is(err, driver.ErrSnapshotExists) {
+		t.Errorf("the same id again: %v", err)
+	}
+	if _, err := w.vol.CreateSnapshot(ctx, uuid.Nil, "nobody", nil); err == nil {
+		t.Error("a snapshot without an id was made")
+	}
+	if _, err := w.vol.OpenSnapshot(ctx, uuid.UUID{9}); !errors.Is(err, driver.ErrNoSnapshot) {
+		t.Errorf("unknown snapshot: %v", err)
+	}
+	view, err := w.vol.OpenSnapshot(ctx, s.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.vol.DeleteSnapshot(ctx, s.ID); !errors.Is(err, driver.ErrSnapshotInUse) {
+		t.Errorf("deleted while it is read: %v", err)
+	}
+	if err := do(view, &block.Request{Op: block.OpWrite, Length: cluster, Segments: [][]byte{make([]byte, cluster)}}); !errors.Is(err, block.ErrReadOnly) {
+		t.Errorf("write to a snapshot: %v", err)
+	}
+	if err := do(view, &block.Request{Op: block.OpRead, Offset: s.Size, Length: cluster, Segments: [][]byte{make([]byte, cluster)}}); !errors.Is(err, block.ErrRange) {
+		t.Errorf("read behind the end: %v", err)
+	}
+	if _, err := view.Claim(block.Claimant{Kind: "test"}); !errors.Is(err, block.ErrReadOnly) {
+		t.Errorf("claim of a snapshot: %v", err)
+	}
+	var mapped uint64
+	if err := view.BlockStatus(ctx, 0, s.Size, func(e block.Extent) bool {
+		if e.Mapped {
+			mapped += e.Length
+		}
+		return true
+	}); err != nil || mapped != 8*cluster {
+		t.Errorf("%d bytes are mapped, %v", mapped, err)
+	}
+	if err := view.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := do(view, &block.Request{Op: block.OpRead, Length: cluster, Segments: [][]byte{make([]byte, cluster)}}); !errors.Is(err, block.ErrClosed) {
+		t.Errorf("read of a closed view: %v", err)
+	}
+	w.verifyShots()
+	for range 2 {
+		if err := w.vol.DeleteSnapshot(ctx, s.ID); err != nil {
+			t.Errorf("delete: %v", err)
+		}
+	}
+	w.shots = nil
+	w.recordShots()
+	w.verifySpace()
+}
