@@ -1,7 +1,6 @@
 package nbd
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 
@@ -162,23 +161,13 @@ func (c *conn) readInSteps(o *op, sparse bool) {
 // neighbours of one kind joined. With fill, what the limit cut off is called
 // mapped, so that the list always covers the range.
 func (c *conn) extents(off, length uint64, limit int, fill bool) ([]block.Extent, error) {
-	var list []block.Extent
-	end := off
-	err := c.dev.BlockStatus(c.ctx, off, length, func(e block.Extent) bool {
-		n := len(list)
-		switch {
-		case n > 0 && list[n-1].Mapped == e.Mapped:
-			list[n-1].Length += e.Length
-		case n == limit:
-			return false
-		default:
-			list = append(list, e)
-		}
-		end = e.Offset + e.Length
-		return true
-	})
+	list, err := gatherExtents(limit, func(fn func(block.Extent) bool) error { return c.dev.BlockStatus(c.ctx, off, length, fn) })
 	if err != nil {
 		return nil, fmt.Errorf("block status of %d bytes at %d: %w", length, off, err)
+	}
+	end := off
+	if n := len(list); n > 0 {
+		end = list[n-1].Offset + list[n-1].Length
 	}
 	if rest := off + length - end; fill && rest > 0 {
 		if n := len(list); n > 0 && list[n-1].Mapped {
@@ -321,43 +310,4 @@ func (c *conn) modify(flags block.Flags, off uint64, p []byte) (err error) {
 		}})
 	})
 	return err
-}
-
-// blockStatus answers NBD_CMD_BLOCK_STATUS for base:allocation.
-func (c *conn) blockStatus(o *op) {
-	defer c.finish(o)
-	if !c.metaContext {
-		o.err = errNoMeta
-		return
-	}
-	if o.err = c.inside(&o.cmd); o.err != nil {
-		return
-	}
-	if o.cmd.length == 0 {
-		o.err = fmt.Errorf("block status of no bytes: %w", block.ErrAlignment)
-		return
-	}
-	limit := maxExtents
-	if o.cmd.flags&cmdFlagReqOne != 0 {
-		limit = 1
-	}
-	list, err := c.extents(o.cmd.offset, uint64(o.cmd.length), limit, false)
-	if err == nil && len(list) == 0 {
-		err = fmt.Errorf("block status of %d bytes at %d: %w", o.cmd.length, o.cmd.offset, block.ErrRange)
-	}
-	if o.err = err; err != nil {
-		return
-	}
-	reply := make([]byte, 0, chunkBytes+4+8*len(list))
-	reply = appendChunk(reply, chunkDone, chunkBlockStatus, o.cmd.cookie, uint32(4+8*len(list)))
-	reply = binary.BigEndian.AppendUint32(reply, contextID)
-	for _, e := range list {
-		var state uint32
-		if !e.Mapped {
-			state = stateHole | stateZero
-		}
-		reply = binary.BigEndian.AppendUint32(reply, uint32(e.Length))
-		reply = binary.BigEndian.AppendUint32(reply, state)
-	}
-	o.parts = append(o.parts, reply)
 }

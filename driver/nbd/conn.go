@@ -34,15 +34,15 @@ type conn struct {
 	cancel context.CancelFunc
 
 	// Set by the handshake.
-	structured  bool
-	metaFor     string // volume for which base:allocation was selected
-	metaContext bool   // base:allocation is selected for the export
-	name        atomic.Pointer[string]
-	dev         block.Device
-	exp         *export
-	lb          uint64 // logical block, bytes
-	maxZero     uint64 // bytes of one discard or write-zeroes request
-	readOnly    bool
+	structured bool
+	metaFor    string        // export for which metas were selected
+	metas      []metaContext // selected ones; of another export until the handshake's end
+	name       atomic.Pointer[string]
+	dev        block.Device
+	exp        *export
+	lb         uint64 // logical block, bytes
+	maxZero    uint64 // bytes of one discard or write-zeroes request
+	readOnly   bool
 
 	release func()      // of the claim, once it is taken
 	denied  bool        // the refusal of a claim has been logged
@@ -111,6 +111,7 @@ func (c *conn) claimant() block.Claimant {
 func (c *conn) serve() error {
 	stop := context.AfterFunc(c.ctx, func() { _ = c.nc.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
+	defer func() { block.Release(c.dev) }()
 	transmit, err := c.handshake()
 	if errors.Is(err, os.ErrDeadlineExceeded) && c.ctx.Err() == nil {
 		err = fmt.Errorf("handshake not complete after %v: %w", c.s.HandshakeTime, errProtocol)

@@ -90,7 +90,9 @@ func (s *Server) open(ctx context.Context, p peer, name string, mayCreate bool) 
 	dev, err = s.Opener.Open(ctx, n.volume)
 	switch {
 	case err == nil && dev.Info().Size < n.size:
-		return nil, "", fmt.Errorf("volume %s exists with %d bytes, less than the %d asked for; resize it with `scoria volume resize`", n.volume, dev.Info().Size, n.size)
+		has := dev.Info().Size
+		block.Release(dev)
+		return nil, "", fmt.Errorf("volume %s exists with %d bytes, less than the %d asked for; resize it with `scoria volume resize`", n.volume, has, n.size)
 	case err == nil || !errors.Is(err, block.ErrNotFound):
 		return dev, n.volume, err
 	}

@@ -3,7 +3,7 @@
 //
 // It speaks the fixed newstyle protocol of
 // https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md with
-// structured replies, base:allocation, FLUSH, FUA, TRIM, WRITE_ZEROES
+// structured replies, metadata contexts, FLUSH, FUA, TRIM, WRITE_ZEROES
 // (NO_HOLE, FAST_ZERO), DF and multi-conn; without TLS, extended headers and
 // NBD_CMD_CACHE. The section titles in comments are those of that document.
 //
@@ -13,6 +13,16 @@
 // no default export. NBD_OPT_LIST lists what block.Opener.Names returns.
 //
 //	qemu-img info 'nbd+unix:///default/vm1?socket=/run/scoria/nbd.sock'
+//
+// POOL/VOLUME@SNAPSHOT is a snapshot, read-only, kept as long as a connection
+// reads it. Besides base:allocation there are, for every snapshot of a volume (of a
+// snapshot, for those before it), two metadata contexts of one meaning: state 1
+// where something may have changed since, else 0. Backup tools read only the
+// former. The second name is the one under which QEMU's server exports dirty
+// bitmaps, for tools that know it.
+//
+//	nbdinfo --map=scoria:since=monday 'nbd+unix:///default/vm1?socket=/run/scoria/nbd.sock'
+//	qemu-img map --image-opts driver=nbd,…,x-dirty-bitmap=qemu:dirty-bitmap:monday
 //
 // # Creating volumes
 //

@@ -195,44 +195,10 @@ func (c *conn) optInfo(ctx context.Context, option uint32, data []byte) (end boo
 	b = appendOptReply(b, option, repAck, nil)
 	if option == optGo {
 		c.enter(dev, volume, &info)
+	} else {
+		block.Release(dev)
 	}
 	return option == optGo, c.send(b)
-}
-
-// optMeta answers NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT. The
-// latter does not look whether the export exists: clients send it before
-// NBD_OPT_GO, which may create the volume and has the better error.
-func (c *conn) optMeta(ctx context.Context, option uint32, data []byte) error {
-	if option == optSetMeta {
-		c.metaFor = ""
-	}
-	if !c.structured {
-		return c.refuse(option, repErrInvalid, "metadata contexts need structured replies, negotiate those first")
-	}
-	name, queries, err := parseMetaRequest(data, maxQueries)
-	if err != nil {
-		return c.refuseFor(option, err)
-	}
-	n, err := parseExportName(name)
-	if err != nil {
-		return c.refuseFor(option, err)
-	}
-	id := uint32(contextID)
-	selected := slices.Contains(queries, contextAllocation)
-	if option == optListMeta {
-		if _, err := c.s.Opener.Open(ctx, n.volume); err != nil {
-			return c.refuseFor(option, err)
-		}
-		id = 0
-		selected = selected || len(queries) == 0 || slices.Contains(queries, "base:")
-	} else if selected {
-		c.metaFor = n.volume
-	}
-	var b []byte
-	if selected {
-		b = appendOptReply(b, option, repMeta, appendMeta(nil, id, contextAllocation))
-	}
-	return c.send(appendOptReply(b, option, repAck, nil))
 }
 
 func (c *conn) transmissionFlags(info *block.Info) uint16 {
@@ -259,6 +225,8 @@ func (c *conn) enter(dev block.Device, volume string, info *block.Info) {
 	if limit := info.MaxDiscard &^ (c.lb - 1); limit != 0 && limit < c.maxZero {
 		c.maxZero = limit
 	}
-	c.metaContext = c.metaFor == volume
+	if c.metaFor != volume {
+		c.metas = nil
+	}
 	c.name.Store(&volume)
 }

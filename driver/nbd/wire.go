@@ -121,7 +121,12 @@ const (
 
 const (
 	contextAllocation = "base:allocation"
-	contextID         = 1 // what base:allocation is called in replies
+	contextSince      = "scoria:since="
+	contextBitmap     = "qemu:dirty-bitmap:" // as QEMU's own server calls its bitmaps
+
+	// stateChanged is the state of the latter two: what is there may differ from
+	// the snapshot.
+	stateChanged = 1 << 0
 
 	requestBytes   = 28
 	optHeaderBytes = 16
