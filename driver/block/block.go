@@ -177,6 +177,22 @@ type Device interface {
 	BlockStatus(ctx context.Context, off, length uint64, fn func(Extent) bool) error
 }
 
+// Delayer is a Device that holds requests back on purpose, for as long as its
+// operator likes.
+type Delayer interface {
+	// Hasten carries out at once what owner's requests are held back for: a front
+	// end calls it, from any goroutine, when somebody waits for those that are under
+	// way to end and no more are coming (a guest's ring stops).
+	Hasten(owner any)
+}
+
+// Hasten calls dev's Hasten if it has one.
+func Hasten(dev Device, owner any) {
+	if d, ok := dev.(Delayer); ok {
+		d.Hasten(owner)
+	}
+}
+
 // Claimant says who wants to be a device's writer.
 type Claimant struct {
 	Kind string // "vhost", "shm", "nbd", …
