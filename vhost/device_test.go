@@ -19,6 +19,7 @@ type ramDevice struct {
 	held     []*block.Request // taken over, in order
 	hold     bool             // take over instead of answering
 	async    bool             // answer from another goroutine
+	delays   bool             // what is held is held on purpose: Hasten lets it go
 	log      []string         // "op offset flags" of what was carried out
 	fua      int
 	flushes  int
@@ -99,6 +100,16 @@ func (d *ramDevice) carryOut(r *block.Request) (err error) {
 		clear(part[:r.Length])
 	}
 	return nil
+}
+
+// Hasten implements block.Delayer.
+func (d *ramDevice) Hasten(any) {
+	d.mu.Lock()
+	delays := d.delays
+	d.mu.Unlock()
+	if delays {
+		d.let(inOrder)
+	}
 }
 
 // let ends held requests, in the order given by pick, and stops holding.

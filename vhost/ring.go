@@ -5,6 +5,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"scoria/driver/block"
 	"scoria/shm/mem"
 	"scoria/vhost/virtq"
 	"scoria/vhost/wire"
@@ -323,6 +324,8 @@ func (r *ring) stop() error {
 		return nil
 	}
 	r.beginStop()
+	// QEMU, and with it the guest, stands still until the requests have ended.
+	block.Hasten(r.s.dev, r.s)
 	if err := r.s.await(r.queue.Drained()); err != nil {
 		return err
 	}

@@ -323,6 +323,24 @@ func TestGetVringBaseDrains(t *testing.T) {
 	}
 }
 
+// TestStoppingRingHastens: a guest that stops does not wait for what a device
+// holds back on purpose.
+func TestStoppingRingHastens(t *testing.T) {
+	b := newBed(t, Config{})
+	g := newGuest(t, 1, 16, testFeatures)
+	f := start(t, b.path, g)
+	b.dev.mu.Lock()
+	b.dev.hold, b.dev.delays = true, true
+	b.dev.mu.Unlock()
+	q := g.add(0, blkOut, 8, pattern(512, 1), 0)
+	g.publish(0)
+	hurry(t, "request at the device", func() bool { return b.dev.heldCount() == 1 })
+	f.get(wire.GetVringBase, wire.VringState{}.Append(nil)) // has a deadline
+	if st := g.wait(q); st != statusOK {
+		t.Fatal(st)
+	}
+}
+
 func inOrder(n int) (order []int) {
 	for i := range n {
 		order = append(order, i)

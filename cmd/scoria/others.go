@@ -13,7 +13,7 @@ import (
 )
 
 func (a *app) poolCommand() *cobra.Command {
-	return group("pool", "Create, list and delete pools of volumes", a.poolCreate(), a.poolList(), a.poolShow(), a.poolDelete())
+	return group("pool", "Create, list and delete pools of volumes", a.poolCreate(), a.poolList(), a.poolShow(), a.poolDelete(), a.poolLimit())
 }
 
 func (a *app) poolCreate() *cobra.Command {

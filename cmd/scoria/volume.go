@@ -14,7 +14,7 @@ import (
 
 func (a *app) volumeCommand() *cobra.Command {
 	cmd := group("volume", "Create, list, resize, check and delete volumes",
-		a.volumeCreate(), a.volumeList(), a.volumeShow(), a.volumeStats(), a.volumeResize(), a.volumeDelete(), a.volumeCheck())
+		a.volumeCreate(), a.volumeList(), a.volumeShow(), a.volumeStats(), a.volumeResize(), a.volumeDelete(), a.volumeCheck(), a.volumeSet(), a.volumeLimit())
 	cmd.Aliases = []string{"vol"}
 	return cmd
 }

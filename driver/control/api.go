@@ -18,6 +18,11 @@
 //	GET    /v1/volumes/POOL/VOLUME/stats      VolumeStats
 //	POST   /v1/volumes/POOL/VOLUME/resize     ResizeVolume → Volume
 //	POST   /v1/volumes/POOL/VOLUME/check      Job (202)
+//	POST   /v1/volumes/POOL/VOLUME/set        SetVolume → Volume
+//	GET    /v1/volumes/POOL/VOLUME/limits     Limits
+//	POST   /v1/volumes/POOL/VOLUME/limits     ChangeLimits → Limits
+//	GET    /v1/pools/POOL/limits              Limits
+//	POST   /v1/pools/POOL/limits              ChangeLimits → Limits
 //	DELETE /v1/volumes/POOL/VOLUME            Job (202)
 //	GET    /v1/jobs                           []Job
 //	GET    /v1/jobs/ID[?wait=SECONDS]         Job; waits for a change or the end

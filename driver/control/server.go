@@ -38,6 +38,8 @@ type Backend interface {
 	CheckDelete(ctx context.Context, name string) error
 	DeleteVolume(ctx context.Context, name string, p Progress) error
 	CheckVolume(ctx context.Context, name string, p Progress) (CheckReport, error)
+
+	SettingsBackend
 }
 
 // Server answers the control API. Its goroutines: one per connection
@@ -100,6 +102,11 @@ func (s *Server) routes(metrics http.Handler) http.Handler {
 		"GET /v1/jobs":                          s.listJobs,
 		"GET /v1/jobs/{id}":                     s.showJob,
 		"DELETE /v1/jobs/{id}":                  s.cancelJob,
+		"GET /v1/volumes/{pool}/{name}/limits":  s.volumeLimits,
+		"POST /v1/volumes/{pool}/{name}/limits": s.limitVolume,
+		"GET /v1/pools/{pool}/limits":           s.poolLimits,
+		"POST /v1/pools/{pool}/limits":          s.limitPool,
+		"POST /v1/volumes/{pool}/{name}/set":    s.setVolume,
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) { s.serve(w, r, h) })
 	}

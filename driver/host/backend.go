@@ -218,7 +218,11 @@ func (b *backend) Stats(ctx context.Context, name string) (control.VolumeStats, 
 	if err != nil {
 		return control.VolumeStats{}, err
 	}
-	return statsAnswer(name, dev.Stats())
+	answer, err := statsAnswer(name, dev.Stats())
+	if l := b.limits(name); l != nil {
+		addLimitCounters(answer.Counters, l.Stats())
+	}
+	return answer, err
 }
 
 // statsAnswer carries every figure of driver.Stats over, by the names of its

@@ -29,7 +29,8 @@
 // # Locks
 //
 // Order: volume.gate (a semaphore held across everything that changes one
-// volume's state, by several seconds at times), then VolumeSet.mu, a leaf. Nothing
+// volume's state, by several seconds at times), VolumeSet.limitMu (from reading
+// limits until they hold), then VolumeSet.mu, a leaf. Nothing
 // calls into the engine, a front end or the registry with VolumeSet.mu held.
 //
 // # Goroutines

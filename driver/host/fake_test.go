@@ -145,6 +145,13 @@ func (v *fakeVolume) Holder() (block.Claimant, bool) {
 	return v.holder, v.claims > 0
 }
 
+// Submit answers everything at once.
+func (v *fakeVolume) Submit(batch []*block.Request) {
+	for _, r := range batch {
+		r.Err, r.Ended = nil, true
+	}
+}
+
 func (v *fakeVolume) Stats() driver.Stats {
 	st := driver.Stats{SyncCount: 7, Conditions: []driver.Condition{{Code: "throttled", Message: "slow"}}}
 	st.Ops[block.OpWrite] = driver.OpStats{Count: 3, Bytes: 12288}

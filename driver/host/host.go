@@ -277,7 +277,7 @@ func (h *Host) serve(ctx context.Context) error {
 		}
 		nbdServer = nf.server
 	}
-	metrics := metricsHandler(newCollector(h.volumes, h.version, h.id.ID), newFrontCollector(workers, vf, nbdServer))
+	metrics := metricsHandler(newCollector(h.volumes, h.version, h.id.ID), newLimitCollector(h.volumes), newFrontCollector(workers, vf, nbdServer))
 	if err := h.serveMetrics(metrics); err != nil {
 		return err
 	}

@@ -39,6 +39,8 @@ type VolumeSet struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
+	limitMu sync.Mutex // from reading limits until they hold; see applyLimits
+
 	mu      sync.Mutex
 	fronts  []FrontEnd
 	volumes map[string]*volume // by POOL/VOLUME; those touched since the start
@@ -52,7 +54,7 @@ type volume struct {
 	gate chan struct{} // one token; see the package doc
 
 	// Guarded by VolumeSet.mu.
-	dev         Volume             // nil: not open
+	dev         Volume             // nil: not open; a *limited
 	opening     chan struct{}      // closed when the opening under way has ended; nil: none
 	openErr     error              // of the last opening
 	offline     context.CancelFunc // of a check of the closed volume; nil: none
@@ -205,6 +207,14 @@ var errStopping = control.Errorf(control.CodeUnavailable, "the daemon is stoppin
 
 func (h *VolumeSet) runOpening(v *volume) {
 	dev, err := h.openNow(v)
+	h.endOpening(v, dev, err)
+	if err == nil {
+		// They may have changed since openNow read them.
+		h.applyLimits(h.ctx, v.name)
+	}
+}
+
+func (h *VolumeSet) endOpening(v *volume, dev Volume, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	// A guest asks again every second: the same reason is logged once.
@@ -245,7 +255,7 @@ func (h *VolumeSet) openNow(v *volume) (Volume, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open volume %s: %w", v.name, err)
 	}
-	return dev, nil
+	return h.limit(h.ctx, dev, &e.Record), nil
 }
 
 // takeOwnership makes this node the owner. Anew after another: the epoch grows,

@@ -67,6 +67,16 @@ func (s *Settings) number(name string) **uint64 {
 	return nil
 }
 
+// SetNumber sets the named setting, but for burst_seconds.
+func (s *Settings) SetNumber(name string, v uint64) error {
+	f := s.number(name)
+	if f == nil {
+		return fmt.Errorf("limit %q: is not one of %v that takes a whole number", name, Names)
+	}
+	*f = &v
+	return nil
+}
+
 // Unset makes the named setting unset. It fails for a name that there isn't.
 func (s *Settings) Unset(name string) error {
 	if f := s.number(name); f != nil {
@@ -180,4 +190,18 @@ func (s Settings) limits() (list [kinds]rate) {
 type rate struct {
 	perSecond uint64
 	depth     int64
+}
+
+// Numbers returns the settings that are set and not 0, by name.
+func (s Settings) Numbers() map[string]float64 {
+	m := map[string]float64{}
+	for _, name := range Names {
+		if f := s.number(name); f != nil && *f != nil && **f != 0 {
+			m[name] = float64(**f)
+		}
+	}
+	if s.Burst != nil && *s.Burst != 0 {
+		m["burst_seconds"] = *s.Burst
+	}
+	return m
 }

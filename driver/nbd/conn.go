@@ -152,6 +152,7 @@ func (c *conn) serve() error {
 func (c *conn) drain(orderly bool) {
 	var patience <-chan time.Time
 	if orderly {
+		block.Hasten(c.dev, c)
 		patience = time.After(drainTime)
 	} else {
 		c.abandon()

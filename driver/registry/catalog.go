@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+
+	"scoria/driver/limit"
 )
 
 // # Keys and records
@@ -22,8 +24,8 @@ import (
 //
 // Records are JSON with a version, so that a dump is readable and etcd's tools
 // work on it. A record of a later version is refused, not guessed at. Version 2
-// added snapshots, and to volumes what begins with Template; version 1 is read as
-// having none of it.
+// added snapshots, to volumes what begins with Template, and limits; version 1 is
+// read as having none of it.
 
 // RecordVersion is the version of all records that this program writes.
 const RecordVersion = 2
@@ -46,6 +48,8 @@ type Pool struct {
 	BlockSize uint32    `json:"block_size"` // logical block in bytes, 512 or 4096
 	SCOSize   int64     `json:"sco_size"`   // data bytes of a SCO
 	Created   time.Time `json:"created"`
+
+	Limits *limit.Settings `json:"limits,omitempty"` // of each volume that sets none itself
 }
 
 // Volume is a virtual disk.
@@ -77,6 +81,8 @@ type Volume struct {
 	RollingBack *uuid.UUID `json:"rolling_back,omitempty"`
 	// Incomplete: its contents are being brought in; no guest gets it.
 	Incomplete *Incomplete `json:"incomplete,omitempty"`
+
+	Limits *limit.Settings `json:"limits,omitempty"` // what it does not set, its pool does
 }
 
 // FullName returns POOL/VOLUME.

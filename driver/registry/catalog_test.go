@@ -13,6 +13,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"scoria/driver/limit"
 	"scoria/driver/registry"
 )
 
@@ -126,11 +127,15 @@ func samples() map[string]any {
 	clone.Name, clone.Template, clone.RollingBack = "vm2", true, &snapshot
 	clone.Parent = &registry.Parent{Volume: parent, Snapshot: snapshot, Name: "default/vm1@s"}
 	clone.Ancestors = []registry.Ancestor{{Volume: parent, Snapshot: snapshot}}
+	limits := &limit.Settings{ReadIOPS: new(uint64), Burst: new(float64)}
+	*limits.Burst = 2.5
+	clone.Limits = limits
 	clone.Incomplete = &registry.Incomplete{Kind: registry.IncompleteReceive, Base: parent, Snapshot: snapshot, Position: 4096, Resumable: true}
 	return map[string]any{
 		"volume/default/vm1": sampleVolume(),
 		"volume/default/vm2": clone,
 		"pool/default":       registry.Pool{Name: "default", BlockSize: 512, SCOSize: 64 << 20, Created: created},
+		"pool/fast":          registry.Pool{Name: "fast", BlockSize: 4096, SCOSize: 4 << 20, Created: created, Limits: limits},
 		"node/n1":            registry.Node{ID: "n1", Host: "h", Created: created, Attached: []string{"default/vm1"}},
 		registry.SnapshotKey(sampleVolume().ID, "s"): registry.Snapshot{
 			ID: snapshot, Volume: sampleVolume().ID, Name: "s", Created: created, Metadata: map[string]string{"by": "me"},
