@@ -282,7 +282,7 @@ func (v *Volume) checkHead(ctx context.Context, rep *CheckReport) {
 	defer v.gate.Unlock()
 	v.metaMu.Lock()
 	defer v.metaMu.Unlock()
-	sum := uint64(0)
+	sum := v.inherited()
 	for _, m := range v.scos {
 		sum += uint64(v.live.at(m.number).Load())
 	}
@@ -290,7 +290,7 @@ func (v *Volume) checkHead(ctx context.Context, rep *CheckReport) {
 		sum += uint64(v.live.at(l.hdr.Number).Load())
 	}
 	if mapped := v.m.Mapped(); sum != mapped {
-		rep.problem("the map has %d clusters, the SCOs account for %d", mapped, sum)
+		rep.problem("the map has %d clusters, the SCOs and ancestors account for %d", mapped, sum)
 	}
 }
 

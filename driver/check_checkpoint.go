@@ -28,7 +28,7 @@ func (v *Volume) checkCheckpoint(ctx context.Context, rep *CheckReport) {
 	}
 	v.checkLocalRoot(sequence, rep)
 	v.checkStoredRoots(ctx, rep)
-	for _, o := range v.m.Objects() {
+	for _, o := range c.own(v.m.Objects()) {
 		name := pagesName(o)
 		if info, err := v.eng.cfg.FS.Stat(v.mapPath(name)); err == nil {
 			v.checkPages(o, "local copy", localFile{v.eng.cfg.FS, v.mapPath(name)}, info.Size(), rep)

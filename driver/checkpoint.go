@@ -70,6 +70,7 @@ type publication struct {
 	pos      position
 	objects  []uint32
 	dead     []uint64 // SCOs that nothing referred to at the position
+	alone    bool     // neither it nor any snapshot refers to ancestors
 }
 
 const (
@@ -96,6 +97,9 @@ func newCheckpoints(v *Volume) *checkpoints {
 // ReadPage implements lba.PageReader. A damaged page is counted, and read from
 // the store's copy if there is one.
 func (c *checkpoints) ReadPage(ctx context.Context, addr lba.PageAddr, page []byte) error {
+	if owner := c.v.pageOwner(addr.Object()); owner != c.v {
+		return owner.ckpt.ReadPage(ctx, addr, page)
+	}
 	err := c.reader.ReadPage(ctx, addr, page)
 	if err == nil || !errors.Is(err, lba.ErrFormat) {
 		return err
@@ -217,6 +221,7 @@ func (c *checkpoints) take(ctx context.Context, snap *Snapshot, force bool) erro
 		snap.SCO, snap.Size, snap.Sequence = pos.sco, v.cfg.Size, c.sequence+1
 	}
 	table, dead := v.tableNow(pinFrom)
+	inherited := v.inherited()
 	clusters := v.m.Clusters()
 	since := v.logSince.Load()
 	v.gate.Unlock()
@@ -224,6 +229,10 @@ func (c *checkpoints) take(ctx context.Context, snap *Snapshot, force bool) erro
 	n := &newRoot{
 		pos: pos, clusters: clusters, mapped: ck.Mapped(), directory: ck.Directory, snapshot: snap,
 		blob: rootBlob{scos: table, dropped: c.dropped, snapshot: snap},
+	}
+	alone := inherited == 0 && c.snapshotsAlone(ctx)
+	if !alone {
+		n.blob.ancestry = v.Ancestors()
 	}
 	if err := c.write(ctx, ck, n); err != nil {
 		ck.Abort()
@@ -236,7 +245,7 @@ func (c *checkpoints) take(ctx context.Context, snap *Snapshot, force bool) erro
 	if snap != nil {
 		c.addSnapshot(snap, n, pinFrom, &publication{sequence: c.sequence, pos: pos, objects: objects, dead: dead})
 	}
-	c.enqueue(&publication{sequence: c.sequence, pos: pos, objects: objects, dead: dead})
+	c.enqueue(&publication{sequence: c.sequence, pos: pos, objects: objects, dead: dead, alone: alone})
 	v.logSince.Add(-since)
 	v.stats.checkpointed.Add(1)
 	c.removeStale()
@@ -334,10 +343,13 @@ func (c *checkpoints) encodeRoot(n *newRoot) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	root := lba.Root{
+	return encodeRoot(&lba.Root{
 		Volume: c.v.cfg.ID, Sequence: c.sequence + 1, LogSCO: n.pos.sco, LogRecord: uint64(n.pos.records),
 		Clusters: n.clusters, Mapped: n.mapped, Blob: blob, Directory: n.directory(),
-	}
+	})
+}
+
+func encodeRoot(root *lba.Root) ([]byte, error) {
 	var buf bytes.Buffer
 	if err := root.Encode(&buf); err != nil {
 		return nil, err

@@ -92,6 +92,12 @@ func (w *world) snapshotStep() error {
 	}
 	i := w.rng.IntN(len(w.shots))
 	if w.rng.IntN(3) == 0 {
+		if w.locked != nil && w.locked(w.shots[i].ID) {
+			if err := w.vol.DeleteSnapshot(context.Background(), w.shots[i].ID); !errors.Is(err, driver.ErrSnapshotInUse) {
+				return fmt.Errorf("delete a snapshot with clones: %w", err)
+			}
+			return nil
+		}
 		return w.deleteShot(i)
 	}
 	w.note("read snapshot %s", w.shots[i].Name)

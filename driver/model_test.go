@@ -45,6 +45,7 @@ type world struct {
 	history []update // single effects since then, in log order
 	trace   []string
 	shots   []shot
+	locked  func(uuid.UUID) bool // a clone builds on the snapshot
 }
 
 // update is one effect that is in the log whole or not at all.
@@ -480,56 +481,8 @@ func TestP2CrashAtEveryStep(t *testing.T) {
 		w := randomWorld(t, rng)
 		for range 12 {
 			countdown := 1 + w.rng.IntN(150)
-			var clone *vfs.Mem
-			crashRNG := rand.New(rand.NewPCG(w.rng.Uint64(), 2))
-			dead := make(chan struct{})
-			var calls counter
-			fsys := w.fs
-			fsys.SetHook(func(op vfs.Op, name string) error {
-				n := calls.next()
-				if n == countdown {
-					clone = fsys.CrashClone(crashRNG)
-					close(dead)
-				}
-				if n >= countdown {
-					return vfs.ErrKilled
-				}
-				return nil
-			})
-			for range 400 {
-				errc := make(chan error, 1)
-				go func() { errc <- w.step() }()
-				select {
-				case err := <-errc:
-					if errors.Is(err, vfs.ErrKilled) {
-						<-dead // another goroutine's call is taking the picture
-					} else if err != nil {
-						t.Fatalf("%s: %v", w.where(), err)
-					}
-					select {
-					case <-dead:
-						fsys.Kill()
-						w.eng.Abandon()
-					default:
-					}
-				case <-dead:
-					// The step may wait for the dead disk; it ends with the engine.
-					fsys.Kill()
-					ended := make(chan struct{})
-					go func() { <-errc; close(ended) }()
-					doomUntil(t, w.eng, ended)
-					w.eng.Abandon()
-				}
-				select {
-				case <-dead:
-				default:
-					continue
-				}
-				break
-			}
-			select {
-			case <-dead:
-			default:
+			clone := stepsUntilPowerLoss(t, w.rng, w.fs, w.eng, countdown, w.step)
+			if clone == nil {
 				continue
 			}
 			w.note("power lost at disk call %d", countdown)
@@ -539,4 +492,53 @@ func TestP2CrashAtEveryStep(t *testing.T) {
 			w.check()
 		}
 	})
+}
+
+// stepsUntilPowerLoss does steps until the power goes at the given call to the disk,
+// and returns what the disk then holds; nil if it did not come so far.
+func stepsUntilPowerLoss(t *testing.T, rng *rand.Rand, fsys *vfs.Mem, eng *driver.Engine, countdown int, step func() error) (clone *vfs.Mem) {
+	t.Helper()
+	crashRNG := rand.New(rand.NewPCG(rng.Uint64(), 2))
+	dead := make(chan struct{})
+	var calls counter
+	fsys.SetHook(func(op vfs.Op, name string) error {
+		n := calls.next()
+		if n == countdown {
+			clone = fsys.CrashClone(crashRNG)
+			close(dead)
+		}
+		if n >= countdown {
+			return vfs.ErrKilled
+		}
+		return nil
+	})
+	for range 400 {
+		errc := make(chan error, 1)
+		go func() { errc <- step() }()
+		select {
+		case err := <-errc:
+			if errors.Is(err, vfs.ErrKilled) {
+				<-dead // another goroutine's call is taking the picture
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case <-dead:
+				fsys.Kill()
+				eng.Abandon()
+				return clone
+			default:
+			}
+		case <-dead:
+			// The step may wait for the dead disk; it ends with the engine.
+			fsys.Kill()
+			ended := make(chan struct{})
+			go func() { <-errc; close(ended) }()
+			doomUntil(t, eng, ended)
+			eng.Abandon()
+			return clone
+		}
+	}
+	fsys.SetHook(nil)
+	return nil
 }

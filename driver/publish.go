@@ -65,6 +65,9 @@ func (c *checkpoints) publishRoot(ctx context.Context) (bool, error) {
 	if err := c.putAll(ctx, p, rootName(p.sequence)); err != nil {
 		return false, fmt.Errorf("publish checkpoint: %w", err)
 	}
+	if p.alone {
+		v.unlink()
+	}
 	err := c.removeGone(ctx, p.sequence)
 	if err == nil {
 		c.doomed = append(c.doomed, v.doom(p.dead)...)

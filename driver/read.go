@@ -106,7 +106,10 @@ func (v *Volume) readInline(r *block.Request, loc lba.Location) (ok bool, err er
 		}
 		l := v.ramSCO(loc.SCO())
 		if l == nil {
-			return false, nil
+			// A clone's own numbers and its ancestors' don't overlap.
+			if l = v.owner(loc.SCO()).ramSCO(loc.SCO()); l == nil {
+				return false, nil
+			}
 		}
 		if p := dst.contiguous(n); p != nil {
 			if !l.readRAM(p, loc.Cluster(), off) {
@@ -226,6 +229,9 @@ func (v *Volume) readCluster(ctx context.Context, loc lba.Location, buf []byte) 
 // readAt reads and verifies n clusters from a location on: from RAM, the read
 // cache, the local file or the store. It may return fewer than n.
 func (v *Volume) readAt(ctx context.Context, loc lba.Location, n uint32, buf []byte) (uint32, error) {
+	if owner := v.owner(loc.SCO()); owner != v {
+		return owner.readAt(ctx, loc, n, buf)
+	}
 	first := loc.Cluster()
 	if l := v.ramSCO(loc.SCO()); l != nil {
 		for i := uint32(0); i < n; i++ {

@@ -151,16 +151,26 @@ func (v *Volume) restoreCheckpoint(ctx context.Context, inv *inventory) error {
 	if err != nil || root == nil {
 		return err
 	}
+	blob, err := decodeBlob(root.Blob)
+	if err != nil {
+		return err
+	}
+	if err := v.link(blob.ancestry); err != nil {
+		return err
+	}
+	v.inheritedAtStart = int64(root.Mapped) - int64(sumLive(blob.scos))
+	if root.Clusters > v.m.Clusters() {
+		// It was shrunk, or a rollback made it larger and the registry doesn't know.
+		if err := v.m.Resize(root.Clusters); err != nil {
+			return err
+		}
+	}
 	if err := v.m.RestoreDirectory(root.Directory, root.Mapped); err != nil {
 		return err
 	}
 	// findRoot has seen newer ones if this is one that it fell back to.
 	v.ckpt.sequence = max(v.ckpt.sequence, root.Sequence)
 	v.ckpt.pos = position{root.LogSCO, uint32(root.LogRecord)}
-	blob, err := decodeBlob(root.Blob)
-	if err != nil {
-		return err
-	}
 	for _, o := range blob.objects {
 		v.ckpt.pinned[o] = true
 	}

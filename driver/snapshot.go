@@ -50,11 +50,12 @@ var (
 	ErrSnapshotInUse  = errors.New("the snapshot is in use")
 )
 
-// snapshotState is a snapshot of an open volume. refs belongs to Volume.metaMu,
-// alone to checkpoints.mu.
+// snapshotState is a snapshot of an open volume. refs and clones
+// belong to Volume.metaMu, alone to checkpoints.mu.
 type snapshotState struct {
 	Snapshot
-	refs int
+	refs   int // views
+	clones int // open ones that build on it
 
 	// alone is how many clusters only this snapshot reaches, if known.
 	alone      uint64
@@ -75,7 +76,7 @@ func (c *checkpoints) newestSnapshot() Snapshot {
 
 // beginning stands before the first snapshot: SCOs and page objects up to there
 // are not the volume's own.
-func (c *checkpoints) beginning() Snapshot { return Snapshot{} }
+func (c *checkpoints) beginning() Snapshot { return c.v.origin }
 
 // own leaves out page objects of ancestors.
 func (c *checkpoints) own(objects []uint32) []uint32 {
@@ -108,6 +109,24 @@ func (c *checkpoints) addSnapshot(snap *Snapshot, n *newRoot, pinFrom uint64, p 
 	c.queue = append(c.queue, p)
 	c.owes.Store(true)
 	v.rest.Store(nil)
+}
+
+// snapshotsAlone reports whether no snapshot of a clone refers to ancestors: if the
+// oldest one does not, none does. Caller holds mu.
+func (c *checkpoints) snapshotsAlone(ctx context.Context) bool {
+	v := c.v
+	if v.kin.Load() == nil || len(v.snaps) == 0 {
+		return true
+	}
+	root, blob, err := v.readSnapshotRoot(ctx, &v.snaps[0].Snapshot)
+	return err == nil && root.Mapped == sumLive(blob.scos)
+}
+
+func sumLive(scos []tableEntry) (n uint64) {
+	for i := range scos {
+		n += uint64(scos[i].live)
+	}
+	return n
 }
 
 // before is the snapshot in front of the i-th. Caller holds mu.
@@ -240,7 +259,7 @@ func (c *checkpoints) dropSnapshots(ctx context.Context, from, to int) error {
 	}
 	v.metaMu.Lock()
 	for _, s := range v.snaps[from:to] {
-		if s.refs > 0 {
+		if s.refs > 0 || s.clones > 0 {
 			v.metaMu.Unlock()
 			return fmt.Errorf("%w: %s", ErrSnapshotInUse, s.Name)
 		}

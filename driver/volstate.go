@@ -107,12 +107,32 @@ func (u *users) done() {
 // shut lets nobody in any more and waits until the last one has left.
 func (u *users) shut() {
 	u.mu.Lock()
-	u.closed, u.none = true, make(chan struct{})
-	if u.n == 0 {
-		close(u.none)
-	}
+	u.shutLocked()
 	u.mu.Unlock()
 	<-u.none
+}
+
+func (u *users) shutLocked() {
+	if !u.closed {
+		u.closed, u.none = true, make(chan struct{})
+		if u.n == 0 {
+			close(u.none)
+		}
+	}
+}
+
+// shutting is shut for those who want to give up waiting, with reopen.
+func (u *users) shutting() <-chan struct{} {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.shutLocked()
+	return u.none
+}
+
+func (u *users) reopen() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.closed = false
 }
 
 // enter makes the caller a user until leave. The context it returns also ends
@@ -285,6 +305,34 @@ func (t *liveTable) ensure(n uint64) {
 	copy(grown, pages)
 	grown[i] = new(livePage)
 	t.pages.Store(&grown)
+}
+
+// inherit makes one page of counters serve all SCOs of ancestors, the last of which
+// is given: what writers take from them says how many clusters are still theirs.
+func (t *liveTable) inherit(last uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	pages := make([]*livePage, last/livePageLen+1)
+	shared := new(livePage)
+	for i := range pages {
+		pages[i] = shared
+	}
+	pages[last/livePageLen] = new(livePage) // it has own ones, too
+	t.pages.Store(&pages)
+}
+
+// lost sums up the changes of the counters of ancestors' SCOs.
+func (t *liveTable) lost(last uint64) (n int64) {
+	pages := *t.pages.Load()
+	if last >= livePageLen {
+		for i := range pages[0] {
+			n += int64(pages[0][i].Load())
+		}
+	}
+	for i := range last%livePageLen + 1 {
+		n += int64(pages[last/livePageLen][i].Load())
+	}
+	return n
 }
 
 // at returns the counter of SCO n, which must have been ensured.

@@ -57,6 +57,11 @@ type Volume struct {
 	pins  map[uint64]uint32
 	snaps []*snapshotState
 
+	kin              atomic.Pointer[kin] // nil: it builds on nobody
+	origin           Snapshot            // SCOs and page objects up to there are not its own
+	inheritedAtStart int64               // clusters in ancestors, in the root that recovery began with
+	clones           users               // open clones
+
 	parked  parkedQueue
 	waiting waitingSet
 	rmw     [64]sync.Mutex // sub-cluster writes, by cluster number
@@ -247,9 +252,13 @@ func (v *Volume) Watch(fn func(block.Info)) func() { return v.watches.add(fn) }
 
 // Close stops the volume: waiting requests end, everything is made durable and a
 // checkpoint is written so that the next opening replays nothing. Front ends
-// must have let go of it. It does not wait for the store; whatever else it waits
+// must have let go of it. It waits for the volume's clones to be closed, and gives
+// up, the volume still open, if they aren't when ctx ends. It does not wait for the store; whatever else it waits
 // for, it does so no longer than ctx.
 func (v *Volume) Close(ctx context.Context) error {
+	if err := v.awaitClones(ctx); err != nil {
+		return err
+	}
 	if v.closing.Swap(true) {
 		return nil
 	}
@@ -324,6 +333,7 @@ func (v *Volume) letGo() {
 		l.closeFiles()
 	}
 	v.ckpt.close()
+	v.unlink()
 	v.m.Close()
 }
 
