@@ -35,10 +35,32 @@
 //
 // # What QEMU can't take
 //
-// Seen with QEMU 7.2, and not to be helped from this side when the daemon is
-// killed: if the connection ends while QEMU negotiates or the guest is just
-// starting its driver, QEMU connects again and never says a word ("Fix lost
-// reconnect", f02a4b8e); if the guest writes the configuration space (the write
-// cache) while there is no connection, QEMU aborts (vhost_dev_set_config).
-// Endpoint.Close, the planned end, avoids the first.
+// QEMU from 7.2 (its commit 71e076a0 "hw/virtio: generalise CHR_EVENT_CLOSED
+// handling") to 9.0 forgets its event handler when a connection ends while it has
+// no started device: vhost_user_async_close removes it, and the function that
+// would bring it back runs only if vhost_dev.vdev is set. The socket is connected
+// again, and nobody in QEMU looks at it. "vhost-user: fix lost reconnect again" in
+// 9.1 mends that; f02a4b8e "vhost-user: fix lost reconnect" in 8.2, which was
+// taken back for it, mended a part. There are two cases:
+//
+//   - The connection ends inside QEMU's vhost_dev_init, from connect() to the
+//     answer to its second GET_FEATURES (or the SET_VRING_CALL after it that finds
+//     the connection closed). The device is lost until QEMU is restarted.
+//     integration.TestP3DaemonDiesWhileQEMUConnects ends a connection at every
+//     message: those before SET_FEATURES are lost, all others come back. A daemon
+//     that is killed there can't help it, but keeps the time short: the volume
+//     that the socket stands for is open before it listens (package driver/host),
+//     and a planned end waits (Endpoint.Close).
+//   - The connection ends while the guest has no driver on the device: before its
+//     BIOS or kernel started it, or while it waits for an incoming migration. When
+//     the driver starts, QEMU goes on over the new connection as if it had
+//     negotiated; so the session does too (session.resume). Of memory QEMU then
+//     tells only what it has not told before: a device that was started before,
+//     stopped, and lost its connection in between stays without memory, and QEMU
+//     must be restarted.
+//
+// Stats names the processes in either state.
+//
+// If the guest writes the configuration space (the write cache) while there is
+// no connection, QEMU 7.2 aborts (vhost_dev_set_config).
 package vhost

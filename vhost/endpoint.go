@@ -26,6 +26,9 @@ const (
 	backlogTime = 10 * time.Millisecond
 	// settleTime bounds the wait for a new connection's first ring.
 	settleTime = time.Second
+	// silentTime is after how long a connection without a word is remarkable:
+	// front ends speak as soon as they are connected.
+	silentTime = 5 * time.Second
 )
 
 // counters are an endpoint's.
@@ -81,10 +84,9 @@ func (e *Endpoint) accept() {
 
 // Close removes the socket, ends the sessions and waits for them.
 //
-// QEMU up to 8.x never connects again if its connection ends while it
-// negotiates (its commit f02a4b8e "vhost-user: Fix lost reconnect"). So those
-// that are about to connect are still let in, and those that negotiate get
-// settleTime to finish.
+// QEMU before 9.1 is lost if its connection ends while it negotiates (see the
+// package doc). So those that are about to connect are still let in, and those
+// that negotiate get settleTime to finish.
 func (e *Endpoint) Close() {
 	e.mu.Lock()
 	first := !e.closed
@@ -177,6 +179,14 @@ func (e *Endpoint) Stats() Stats {
 	e.mu.Lock()
 	s.Sessions = len(e.sessions)
 	s.LastDisconnect, s.LastDisconnectTime = e.reason, e.reasonTime
+	for c := range e.sessions {
+		switch {
+		case c.goesOn.Load():
+			s.Resumed = append(s.Resumed, c.pid)
+		case !c.spoke.Load() && time.Since(c.born) > silentTime:
+			s.Silent = append(s.Silent, c.pid)
+		}
+	}
 	e.mu.Unlock()
 	return s
 }

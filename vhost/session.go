@@ -66,6 +66,8 @@ type session struct {
 	leak   atomic.Bool   // memory must not be unmapped
 	born   time.Time     // constant
 	ready  atomic.Bool   // a ring was started
+	spoke  atomic.Bool   // a message came
+	goesOn atomic.Bool   // nothing was negotiated; see resume
 	dead   chan struct{} // closed by fail
 	done   chan struct{} // closed when everything has been given back
 	notice noticeState
@@ -199,7 +201,23 @@ func (s *session) step() error {
 			return err
 		}
 	}
+	if !s.spoke.Swap(true) {
+		s.resume(m.Request)
+	}
 	return s.handle(&m)
+}
+
+// resume looks at the first message. A front end that does not negotiate goes on
+// from an earlier connection, as QEMU before 9.1 does (see the package doc): it
+// holds what it was offered then, and waits for acknowledgements.
+func (s *session) resume(first wire.Request) {
+	switch first {
+	case wire.GetFeatures, wire.GetProtocolFeatures, wire.SetProtocolFeatures, wire.SetOwner, wire.ResetOwner:
+		return
+	}
+	s.protocol = protocolFeatures
+	s.goesOn.Store(true)
+	s.log.Warn().Stringer("first_message", first).Msg("front end goes on from an earlier connection without negotiating: it is served, but will not come back after the next end of a connection")
 }
 
 // openDevice gets the device at the first message.

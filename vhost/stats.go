@@ -24,4 +24,9 @@ type Stats struct {
 	// there was none.
 	LastDisconnect     string
 	LastDisconnectTime time.Time
+
+	// Silent are the processes that have been connected for silentTime without a
+	// word, and Resumed those that use the volume without having negotiated: QEMU
+	// before 9.1 that lost its connection at a bad moment. See the package doc.
+	Silent, Resumed []int32
 }

@@ -169,6 +169,9 @@ func (b *backend) answer(r *registry.Volume) control.Volume {
 	fronts := b.fronts
 	b.mu.Unlock()
 	for _, f := range fronts {
+		if t, ok := f.(troubled); ok {
+			v.Conditions = append(v.Conditions, t.Troubles(name)...)
+		}
 		if reason, when := f.LastDisconnect(name); reason != "" && when.After(v.LastDisconnectTime) {
 			v.LastDisconnect, v.LastDisconnectTime = reason, when.UTC()
 		}
@@ -188,8 +191,13 @@ func (h *VolumeSet) troubles(name string) []control.Condition {
 	for _, text := range v.frontErrors {
 		list = append(list, control.Condition{Code: "not-served", Message: text})
 	}
-	if v.dev == nil && v.openErr != nil {
+	switch {
+	case v.dev == nil && v.openErr != nil && v.awaited:
+		list = append(list, control.Condition{Code: "open-failed", Message: v.openErr.Error() + "; it is tried again every few seconds, and its sockets are there when it is open"})
+	case v.dev == nil && v.openErr != nil:
 		list = append(list, control.Condition{Code: "open-failed", Message: v.openErr.Error()})
+	case v.awaited:
+		list = append(list, control.Condition{Code: "opening", Message: "it is being opened; its sockets are there as soon as that has ended"})
 	}
 	return list
 }

@@ -22,7 +22,8 @@
 // recorded late and only for speed.
 //
 // A start: locks; registry; engine; instance.json says unclean; unfinished volumes; volumes
-// that were attached lately begin to open; sockets of all volumes; control socket.
+// that were attached lately begin to open; sockets of all other volumes; control
+// socket; sockets of the former, each when it is open (awaited.go says why).
 // A stop: front ends drained and closed; engine closed (flush, checkpoint);
 // instance.json says clean; the write buffer's file removed; locks.
 //

@@ -10,7 +10,7 @@ import (
 )
 
 // startFollowing opens, in the background, the volumes that guests will want at
-// once, and from then on records which volumes are attached.
+// once, lets front ends have them then, and records which volumes are attached.
 func (h *Host) startFollowing(ctx context.Context) {
 	before := h.attachedBefore(ctx)
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
@@ -20,12 +20,14 @@ func (h *Host) startFollowing(ctx context.Context) {
 		return nil
 	})
 	names := union(h.pendingNames(ctx), before)
+	h.volumes.await(names)
 	h.bg.Go(func() {
 		began := time.Now()
-		h.volumes.openAll(ctx, names)
-		if len(names) > 0 {
-			h.log.Info().Int("volumes", len(names)).Dur("took", time.Since(began)).Msg("volumes that were attached before are open")
-		}
+		h.volumes.openAwaited(ctx, names, func() {
+			if len(names) > 0 {
+				h.log.Info().Int("volumes", len(names)).Dur("took", time.Since(began)).Msg("volumes that were attached before are open")
+			}
+		})
 	})
 	h.bg.Go(func() { h.follow(ctx, before) })
 }

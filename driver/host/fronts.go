@@ -15,6 +15,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"scoria/driver/block"
+	"scoria/driver/control"
 	"scoria/driver/nbd"
 	"scoria/driver/registry"
 	"scoria/shm/worker"
@@ -121,6 +122,30 @@ func (f *vhostFront) LastDisconnect(name string) (reason string, when time.Time)
 	}
 	st := e.Stats()
 	return st.LastDisconnect, st.LastDisconnectTime
+}
+
+// Troubles names front ends that lost an earlier connection at a bad moment: a
+// fault of QEMU from 7.2 to 9.0; see package vhost.
+func (f *vhostFront) Troubles(name string) []control.Condition {
+	f.mu.Lock()
+	e := f.endpoints[name]
+	f.mu.Unlock()
+	if e == nil {
+		return nil
+	}
+	var list []control.Condition
+	st := e.Stats()
+	for _, pid := range st.Silent {
+		list = append(list, control.Condition{Code: "front-end-silent", Message: fmt.Sprintf(
+			"process %d is connected and says nothing. QEMU 7.2 to 9.0 does so after it lost its connection while it negotiated, or while its guest had no driver on the disk. "+
+				"If the guest's disk hangs, stop that QEMU process and start the guest anew", pid)})
+	}
+	for _, pid := range st.Resumed {
+		list = append(list, control.Condition{Code: "front-end-deaf", Message: fmt.Sprintf(
+			"process %d goes on from a connection that ended while its guest had no driver on the disk, as QEMU 7.2 to 9.0 does. It is served, "+
+				"but it sees no resize, and after the next restart of scoriad it won't come back: stop that QEMU process and start the guest anew, or migrate it, before", pid)})
+	}
+	return list
 }
 
 // Close ends the sessions. They end by themselves in bounded time: requests

@@ -62,8 +62,8 @@ type Host struct {
 }
 
 // Start runs a daemon with the configuration until Stop. When it returns, the
-// control API answers and the sockets of all volumes are there. ctx bounds the
-// start only.
+// control API answers and the sockets of all volumes are there, but for those
+// of awaited volumes: they come when these are open. ctx bounds the start only.
 func Start(ctx context.Context, c Config, version string, log zerolog.Logger) (*Host, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err

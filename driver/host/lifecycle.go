@@ -8,8 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"scoria/driver"
 	"scoria/driver/block"
 	"scoria/driver/control"
@@ -19,7 +17,8 @@ import (
 // parallelOpenings bounds how many volumes are opened at once at a start.
 const parallelOpenings = 16
 
-// Serve adds a front end and lets it serve every ready volume.
+// Serve adds a front end and lets it serve every ready volume, those that are
+// awaited as soon as they are open.
 func (h *VolumeSet) Serve(ctx context.Context, f FrontEnd) error {
 	h.mu.Lock()
 	h.fronts = append(slices.Clone(h.fronts), f)
@@ -29,7 +28,9 @@ func (h *VolumeSet) Serve(ctx context.Context, f FrontEnd) error {
 		return err
 	}
 	for _, name := range names {
-		h.serveWith(f, h.volume(name))
+		if v := h.volume(name); !h.isAwaited(v) {
+			h.serveWith(f, v)
+		}
 	}
 	return nil
 }
@@ -46,6 +47,9 @@ func (h *VolumeSet) serve(v *volume) {
 
 func (h *VolumeSet) serveWith(f FrontEnd, v *volume) {
 	if err := f.Add(v.name); err != nil {
+		if h.ctx.Err() != nil { // the daemon stops, and the front end with it
+			return
+		}
 		h.log.Error().Err(err).Str("volume", v.name).Msg("volume is not served by a front end")
 		h.mu.Lock()
 		v.frontErrors = append(v.frontErrors, err.Error())
@@ -240,21 +244,6 @@ func (h *VolumeSet) checkOffline(ctx context.Context, name string, progress func
 	v.offline = nil
 	h.mu.Unlock()
 	return report, err != nil && offline.Err() != nil && ctx.Err() == nil, err
-}
-
-// openAll opens volumes side by side; failures are logged by the opening.
-func (h *VolumeSet) openAll(ctx context.Context, names []string) {
-	var g errgroup.Group
-	g.SetLimit(parallelOpenings)
-	for _, name := range names {
-		g.Go(func() error {
-			// A name of a volume that is gone since is no matter.
-			_, _ = h.open(ctx, name)
-			return ctx.Err()
-		})
-	}
-	// The only error is that ctx ended, which its owner knows.
-	_ = g.Wait()
 }
 
 // attached lists the volumes that front ends opened in this run, sorted.

@@ -59,6 +59,7 @@ type volume struct {
 	openErr     error              // of the last opening
 	offline     context.CancelFunc // of a check of the closed volume; nil: none
 	frontErrors []string           // why it is not served
+	awaited     bool               // front ends get it when it is open; see openAwaited
 }
 
 // NewVolumeSet returns the volumes of a registry; store and engine are what ready
@@ -217,8 +218,9 @@ func (h *VolumeSet) runOpening(v *volume) {
 func (h *VolumeSet) endOpening(v *volume, dev Volume, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	// A guest asks again every second: the same reason is logged once.
-	if err != nil && !errors.Is(err, block.ErrNotFound) && (v.openErr == nil || v.openErr.Error() != err.Error()) {
+	// A guest asks again every second: the same reason is logged once. That the
+	// daemon stops is none.
+	if err != nil && h.ctx.Err() == nil && !errors.Is(err, block.ErrNotFound) && (v.openErr == nil || v.openErr.Error() != err.Error()) {
 		h.log.Error().Err(err).Str("volume", v.name).Msg("volume can't be opened")
 	}
 	if err == nil {
