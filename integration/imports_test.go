@@ -52,6 +52,18 @@ var rules = []rule{
 		reason: "the object store serves the driver; were it to know the driver, neither could be used or tested alone",
 	},
 	{
+		in:     []string{"scoria/alba/asd", "scoria/alba/wire"},
+		forbid: []string{"os", "net/...", "os/...", "syscall", "golang.org/x/sys/...", "github.com/cockroachdb/..."},
+		reason: "what all of the object store knows of an ASD is types and bytes: neither a disk, nor a network, nor a key-value store",
+	},
+	{
+		in:     []string{"scoria/..."},
+		except: []string{"scoria/alba/asd/disk"},
+		forbid: []string{"github.com/cockroachdb/..."},
+		tests:  true,
+		reason: "the key-value store is a matter of the ASD's engine alone, so that it can be replaced there",
+	},
+	{
 		in:     []string{"scoria/vhost/wire", "scoria/vhost/virtq", "scoria/driver/tlog", "scoria/alba/erasure", "scoria/alba/place"},
 		forbid: []string{"os", "net/...", "os/...", "syscall", "golang.org/x/sys/..."},
 		reason: "pure: codecs over bytes, which is what lets fuzzing and property tests reach every state",
@@ -187,7 +199,7 @@ var diskCalls = map[string]bool{
 // TestDiskThroughVFS: the driver uses local disks through vfs.FS alone, so that the
 // tests can crash them at every step. Reading a file of /proc is no such use.
 func TestDiskThroughVFS(t *testing.T) {
-	pkgs := []string{"scoria/driver", "scoria/driver/sco/...", "scoria/driver/tlog/...", "scoria/driver/lba/...", "scoria/driver/cache/..."}
+	pkgs := []string{"scoria/driver", "scoria/driver/sco/...", "scoria/driver/tlog/...", "scoria/driver/lba/...", "scoria/driver/cache/...", "scoria/alba/asd/..."}
 	root, err := bed.Root()
 	if err != nil {
 		t.Fatal(err)

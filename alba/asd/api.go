@@ -62,7 +62,8 @@ var (
 	// Putting the key again repairs it.
 	ErrCorrupt = errors.New("checksum mismatch")
 	// ErrFailed: a sync of this ASD's disk failed. It acknowledges no Apply until
-	// it is restarted; reads may still work.
+	// it is restarted; reads may still work. Whether the Apply that met this was
+	// done shows only after the restart.
 	ErrFailed = errors.New("ASD's disk failed; it takes no writes until restarted")
 	// ErrUnavailable: the ASD was not reached (or is closing); the request had no
 	// effect. It may be repeated at once or later.
@@ -122,9 +123,8 @@ type Client interface {
 	Exists(ctx context.Context, keys []string, pri Priority) ([]Info, error)
 	// Apply checks all asserts and does all updates, as one atomic step; with a
 	// nil error it is durable. Of two updates of one key the later counts.
-	// Errors: ErrStaleEpoch, ErrAssert, ErrFull, ErrCorrupt, ErrFailed,
-	// ErrInvalid (nothing was done); ErrUnavailable (nothing was done);
-	// ErrUnknownOutcome.
+	// Errors: ErrStaleEpoch, ErrAssert, ErrFull, ErrCorrupt, ErrInvalid and
+	// ErrUnavailable (nothing was done); ErrFailed, ErrUnknownOutcome.
 	Apply(ctx context.Context, asserts []Assert, updates []Update, pri Priority) error
 	// Epochs lists namespaces with the epochs that this ASD remembers, by name,
 	// starting behind after ("" for the first), at most MaxKeys of them.
@@ -136,6 +136,15 @@ type Client interface {
 	// Close ends the use of this Client; requests under way fail. An engine in
 	// process closes its disk.
 	Close() error
+}
+
+// BlockReader is what a server of a Client needs besides: blocks together with
+// their checksums, so that the reader at the other end can verify them.
+type BlockReader interface {
+	// ReadBlocks is ReadAt for the whole blocks that hold [off, off+size), as far
+	// as the value reaches: a range behind its end gives no blocks and no error.
+	// The data is appended to buf[:0].
+	ReadBlocks(ctx context.Context, key string, buf []byte, off, size int64, pri Priority) ([]byte, ReadInfo, error)
 }
 
 // Info says what is stored under a key without its contents.
@@ -260,26 +269,28 @@ type NamespaceEpoch struct {
 	Epoch     uint64
 }
 
-// VerifyRequest asks an ASD to read and check what it stores from a key on. One
-// call checks a stretch and returns, so that the caller sets the rate (by when
-// it calls again), shows the progress, and goes on where it was after a crash
-// (by keeping VerifyResult.Next). VerifyAll is the loop around it.
+// VerifyRequest asks an ASD to read and check what it stores, from a cursor on.
+// One call checks a stretch and returns, so that the caller sets the rate (by
+// when it calls again), shows the progress, and goes on where it was after a
+// crash (by keeping VerifyResult.Next). VerifyAll is the loop around it.
 type VerifyRequest struct {
-	From     string // first key; "" for the beginning
-	MaxBytes int64  // stop behind the value that reaches this; 0 means 16 MiB
+	Cursor   string // "" for the beginning, else VerifyResult.Next
+	MaxBytes int64  // stop behind the value or file that reaches this; 0 means 16 MiB
 }
 
-// VerifyResult is the report on one stretch.
+// VerifyResult is the report on one stretch. Values come first, in the order of
+// their keys, then the files of the key-value store.
 type VerifyResult struct {
-	Next  string // go on here
+	Next  string // go on here: opaque, at most MaxKeyBytes+1 bytes
 	Done  bool   // the end was reached: Next is ""
 	Keys  int64  // values checked
-	Bytes int64  // bytes of values checked
+	Bytes int64  // bytes checked
 	Bad   []BadBlocks
 }
 
-// BadBlocks names a damaged range of a value. Size 0: the value can't be read at
-// all (its file or its record is missing or damaged).
+// BadBlocks names damaged bytes. Size 0: the value can't be read at all (its
+// file or its record is missing or damaged). Key "": not a value but a file of
+// the key-value store; Stats.Damaged is set too.
 type BadBlocks struct {
 	Key    string
 	Off    int64 // bytes, a multiple of the block size
@@ -291,8 +302,9 @@ type BadBlocks struct {
 type Stats struct {
 	ID      string // UUID, made when the disk was first opened
 	Version string // of the program that serves it
-	// Capacity is what this ASD may fill, Used what its values, their
-	// key-value store and its reserve take of that; bytes.
+	// Capacity is what this ASD may fill, Used what its values and its key-value
+	// store take of that; bytes. Puts are refused before Used reaches Capacity:
+	// a reserve is kept for deleting.
 	Capacity, Used int64
 	Full           bool   // puts are refused
 	Failed         string // why no Apply is taken any more ("" if all is well)

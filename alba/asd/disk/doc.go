@@ -1,0 +1,72 @@
+// Package disk is the engine of an ALBA Storage Daemon: one ASD in one
+// directory, which should be the root of a file system of its own. It is used in
+// process by a host's embedded ASDs and behind scoria/alba/asd/remote by
+// scoria-asd.
+//
+// # What lies in the directory
+//
+//	lock                     held while the ASD is open
+//	identity                 the ASD's UUID and the version of this layout, JSON
+//	kv/                      Pebble: records of values, small values, epochs, state
+//	values/DDDDDDDDDDDD/I…   one file per large value; see valuefile.go
+//
+// The keys of the key-value store are a byte that tells what it is and a name
+// (integers little-endian if not said otherwise):
+//
+//	'k' key         record: u8 version 1, u8 kind, u32 block size, u64 size, u32 sum, and
+//	                  kind 1: u32 CRC32C per block, the value
+//	                  kind 2: u64 id of the value's file
+//	'e' namespace   u64 epoch
+//	'f' u64 (big-endian) id of a file   the key that it is for
+//	'm' "s"         state: u8 version 1, u8 0, the UUID, u64 number of keys, u64 bytes of all
+//	                  values, u64 bytes that files take, u64 reserved: no file has this id
+//	                  or a larger one
+//
+// A file's name is its id in 16 hexadecimal digits, in a directory named by the
+// id divided by 1024, in 12.
+//
+// # Order of durability
+//
+// An Apply is acknowledged after these steps, each of which is durable before
+// the next begins:
+//
+//  1. The value files are written and synced, by the caller's goroutine, under
+//     ids that are new (see below) and in a directory that is there durably.
+//  2. The committer takes a group of Applies, and syncs the directories that
+//     their files lie in, each once.
+//  3. It evaluates each Apply's asserts on the store as the ones before have left
+//     it, and writes all that hold with one batch and one sync of Pebble's log.
+//
+// Value files that the batch made garbage are removed after that, in the
+// background; nothing waits for their removal. A crash can therefore leave files
+// that no record refers to, never a record without its file. Ids are never used
+// twice: the state reserves them ahead, and a start continues behind the
+// reservation. So the sweep of a start can look at leisure, with a snapshot of
+// that moment, for files with smaller ids that no record names.
+//
+// # Failure
+//
+// A failed sync, of a value file, a directory or the key-value store, is final:
+// what the kernel holds and what the disk has may differ from then on in ways
+// that no later sync reveals. No Apply is acknowledged any more (asd.ErrFailed)
+// until the disk is opened again, which reads Pebble's log back and writes
+// everything in it anew. Reads go on.
+//
+// Bytes that fail their checksum make the read fail with asd.ErrCorrupt; putting
+// the key again repairs it. Pebble checks its own blocks. If one of them is bad
+// outside of a value's record, keys may be lost that this ASD can't name: it then
+// says so in Stats.Damaged, and its data belongs elsewhere.
+//
+// # Goroutines
+//
+//	committer  commitLoop: the only writer of the key-value store
+//	remover    removeLoop: removes value files
+//	sweeper    sweep: once, from the start on
+//
+// and Pebble's own. All of them end in Close.
+//
+// # Locks
+//
+// Disk.mu, handles.mu and gate.mu are leaves: nothing is called with one of them
+// held but the log.
+package disk
