@@ -36,8 +36,9 @@
 //	alba/namespace/NAME          Namespace
 //	alba/object/NSID/OBJECT      Manifest (binary)
 //	alba/intent/NSID/UPLOAD      Intent
-//	alba/trash/NSID/UPLOAD       Manifest (binary) of a deleted object
+//	alba/trash/NSID/UPLOAD       Intent of an upload that failed or was deleted
 //	alba/job/NAME                progress of maintenance (package repair)
+//	alba/cluster                 an ID that all devices know too
 //
 // NSID and UPLOAD are 16 random bytes in hex: a name that is used again after a
 // deletion never meets what the earlier one left behind.
@@ -60,8 +61,10 @@
 //	t/NSID/UPLOAD                this upload is deleted, though another device may
 //	                             still hold some of it
 //	p/NAME                       Preset, a copy
+//	c                            the cluster's ID: a registry that lost its memory
+//	                             must not take what is here for orphans
 //
-// With f, m, n, t and p alone the registry's part can be rebuilt. Each device also
+// With these alone the registry's part can be rebuilt. Each device also
 // holds the epoch of each namespace that it met (see package asd); changes with a
 // smaller one are refused there.
 package alba

@@ -195,6 +195,9 @@ const (
 	IntentPrefix    = Prefix + "intent/"
 	TrashPrefix     = Prefix + "trash/"
 	JobPrefix       = Prefix + "job/"
+
+	// ClusterKey holds an ID in hex that all devices of the registry know.
+	ClusterKey = Prefix + "cluster"
 )
 
 // PresetKey is where a preset is in the registry.
@@ -233,6 +236,10 @@ const (
 	NamespaceCopyPrefix = "n/"
 	TombstonePrefix     = "t/"
 	PresetCopyPrefix    = "p/"
+
+	// ClusterCopyKey holds the ID of the cluster that the device belongs to. What a
+	// device of another cluster holds is not this registry's to judge.
+	ClusterCopyKey = "c"
 )
 
 const hexDigits = "0123456789abcdef"

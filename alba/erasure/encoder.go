@@ -56,6 +56,11 @@ func NewEncoder(src io.ReaderAt, size int64, l alba.Layout, blocks *Blocks) (*En
 // Stored is the length of the stream; final after Next returned io.EOF.
 func (e *Encoder) Stored() int64 { return e.layout.Stored }
 
+// Done says that the chunk that Next made was the last.
+func (e *Encoder) Done() bool {
+	return e.read == e.size && e.carried == len(e.carry) && (e.flushed || !e.pack || e.size == 0)
+}
+
 // Next makes the next chunk in c, whose memory it uses again. check is called
 // between reads of the source and its error ends the encoding: so a canceled
 // upload ends. io.EOF after the last chunk; io.ErrUnexpectedEOF if the source is

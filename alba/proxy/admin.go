@@ -1,0 +1,252 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"scoria/alba"
+	"scoria/alba/asd"
+)
+
+// Errors of administration.
+var (
+	// ErrForeign: the device belongs to another cluster, or to this one before its
+	// registry was lost (then the registry must be rebuilt from the devices first).
+	ErrForeign = errors.New("device belongs to another cluster")
+	ErrDevice  = errors.New("no such device")
+)
+
+// clusterID returns the cluster's ID, made at the first call.
+func (p *Proxy) clusterID(ctx context.Context) (alba.ID, error) {
+	for range tries {
+		kv, ok, err := p.reg.Get(ctx, alba.ClusterKey)
+		if err != nil {
+			return alba.ID{}, err
+		}
+		if ok {
+			return alba.ParseID(string(kv.Value))
+		}
+		_, err = p.reg.Commit(ctx, []alba.Compare{{Key: alba.ClusterKey}},
+			[]alba.Write{{Key: alba.ClusterKey, Value: []byte(alba.NewID().String())}})
+		if err != nil && !errors.Is(err, alba.ErrConflict) {
+			return alba.ID{}, err
+		}
+	}
+	return alba.ID{}, ErrBusy
+}
+
+// Own checks that a device belongs to this cluster, and claims it if it belongs to
+// none: ErrForeign otherwise.
+func (p *Proxy) Own(ctx context.Context, c asd.Client) error {
+	id, err := p.clusterID(ctx)
+	if err != nil {
+		return err
+	}
+	want := []byte(id.String())
+	err = c.Apply(ctx, []asd.Assert{asd.AssertAbsent(alba.ClusterCopyKey)},
+		[]asd.Update{asd.Put(alba.ClusterCopyKey, asd.NewValue(want))}, asd.PriorityGuest)
+	if err == nil || !errors.Is(err, asd.ErrAssert) && !errors.Is(err, asd.ErrFull) {
+		return err
+	}
+	v, err := c.Get(ctx, alba.ClusterCopyKey, asd.PriorityGuest)
+	if err == nil && string(v.Data) != string(want) {
+		err = fmt.Errorf("of cluster %.40q, this one is %v: %w", v.Data, id, ErrForeign)
+	}
+	return err
+}
+
+// AddDevice takes a device into the registry. d.ID may be empty, else the ASD at
+// d.Address must be that one. A device that is there gets the new address and
+// place and becomes active.
+func (p *Proxy) AddDevice(ctx context.Context, d alba.Device) (alba.Device, error) {
+	fail := func(err error) (alba.Device, error) {
+		return d, fmt.Errorf("add ASD at %s: %w", d.Address, err)
+	}
+	c, err := p.opts.Dial(ctx, d)
+	if err != nil {
+		return fail(err)
+	}
+	st, err := c.Stats(ctx)
+	if err == nil && d.ID != "" && st.ID != d.ID {
+		err = fmt.Errorf("ASD %s answers, not %s: %w", st.ID, d.ID, asd.ErrWrongASD)
+	}
+	if err == nil {
+		err = p.Own(ctx, c)
+	}
+	if cerr := c.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return fail(err)
+	}
+	d.ID, d.State = st.ID, alba.DeviceActive
+	for range tries {
+		kv, ok, err := p.reg.Get(ctx, alba.DeviceKey(d.ID))
+		if err != nil {
+			return fail(err)
+		}
+		d.Added = time.Now().UTC().Truncate(time.Second)
+		if ok {
+			old, err := alba.Decode[alba.Device](kv.Value)
+			if err != nil {
+				return fail(err)
+			}
+			d.Added = old.Added
+		}
+		if err := d.Check(); err != nil {
+			return fail(err)
+		}
+		_, err = p.reg.Commit(ctx, []alba.Compare{{Key: alba.DeviceKey(d.ID), Revision: kv.Revision}},
+			[]alba.Write{{Key: alba.DeviceKey(d.ID), Value: alba.Encode(d)}})
+		if errors.Is(err, alba.ErrConflict) {
+			continue
+		}
+		if err == nil {
+			err = p.fleet.Reload(ctx)
+		}
+		if err != nil {
+			return fail(err)
+		}
+		p.copyPresets(ctx, d.ID)
+		return d, nil
+	}
+	return fail(ErrBusy)
+}
+
+// SetDeviceState says what the operator wants of a device: ErrDevice if there is none.
+func (p *Proxy) SetDeviceState(ctx context.Context, id string, state alba.DeviceState) error {
+	for range tries {
+		kv, ok, err := p.reg.Get(ctx, alba.DeviceKey(id))
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return fmt.Errorf("%q: %w", id, ErrDevice)
+		}
+		d, err := alba.Decode[alba.Device](kv.Value)
+		if err != nil {
+			return fmt.Errorf("%s: %w", kv.Key, err)
+		}
+		d.State = state
+		if err := d.Check(); err != nil {
+			return err
+		}
+		_, err = p.reg.Commit(ctx, []alba.Compare{{Key: kv.Key, Revision: kv.Revision}}, []alba.Write{{Key: kv.Key, Value: alba.Encode(d)}})
+		if !errors.Is(err, alba.ErrConflict) {
+			if err == nil {
+				err = p.fleet.Reload(ctx)
+			}
+			return err
+		}
+	}
+	return ErrBusy
+}
+
+// SetPreset makes or changes a preset: alba.ErrPreset if it breaks a rule. Objects
+// that are stored already change when maintenance upgrades them.
+func (p *Proxy) SetPreset(ctx context.Context, ps alba.Preset) error {
+	if err := ps.Check(); err != nil {
+		return err
+	}
+	if ps.Encryption != alba.EncryptNone && p.opts.Keys == nil {
+		return fmt.Errorf("preset %s encrypts: %w", ps.Name, alba.ErrNoKey)
+	}
+	if _, err := p.reg.Commit(ctx, nil, []alba.Write{{Key: alba.PresetKey(ps.Name), Value: alba.Encode(ps)}}); err != nil {
+		return fmt.Errorf("preset %s: %w", ps.Name, err)
+	}
+	for _, m := range p.fleet.Members() {
+		p.copyPresets(ctx, m.Record().ID)
+	}
+	return nil
+}
+
+// Presets returns all presets by name.
+func (p *Proxy) Presets(ctx context.Context) ([]alba.Preset, error) {
+	kvs, err := p.reg.List(ctx, alba.PresetPrefix)
+	if err != nil {
+		return nil, err
+	}
+	list := make([]alba.Preset, len(kvs))
+	for i, kv := range kvs {
+		if list[i], err = alba.Decode[alba.Preset](kv.Value); err != nil {
+			return nil, fmt.Errorf("%s: %w", kv.Key, err)
+		}
+	}
+	return list, nil
+}
+
+// copyPresets puts copies of all presets on a device, for a registry that has to be
+// rebuilt. What fails is done again by maintenance.
+func (p *Proxy) copyPresets(ctx context.Context, id string) {
+	m := p.fleet.Member(id)
+	if m == nil || !m.Up() {
+		return
+	}
+	list, err := p.Presets(ctx)
+	updates := make([]asd.Update, len(list))
+	for i, ps := range list {
+		updates[i] = asd.Put(alba.PresetCopyKey(ps.Name), asd.NewValue(alba.Encode(ps)))
+	}
+	if err == nil && len(updates) > 0 {
+		ctx, cancel := context.WithTimeout(ctx, fenceTimeout)
+		defer cancel()
+		err = m.Apply(ctx, nil, updates, asd.PriorityGuest)
+	}
+	if err != nil {
+		p.opts.Log.Info().Err(err).Str("asd", id).Msg("presets were not copied to the device")
+	}
+}
+
+// RotateKeys wraps the keys of all namespaces with the current master key and returns
+// how many were wrapped by another. The old master key is not needed any more
+// when it returns without error and all devices were up; until then the copies on
+// devices may still need it.
+func (p *Proxy) RotateKeys(ctx context.Context) (int, error) {
+	kvs, err := p.reg.List(ctx, alba.NamespacePrefix)
+	if err != nil {
+		return 0, err
+	}
+	rotated := 0
+	for _, kv := range kvs {
+		n, err := alba.Decode[alba.Namespace](kv.Value)
+		if err != nil {
+			return rotated, fmt.Errorf("%s: %w", kv.Key, err)
+		}
+		done, err := p.rotate(ctx, n.Name)
+		if err != nil {
+			return rotated, opError("rotate the key of", n.Name, "", err)
+		}
+		if done {
+			rotated++
+		}
+	}
+	return rotated, nil
+}
+
+func (p *Proxy) rotate(ctx context.Context, name string) (bool, error) {
+	for range tries {
+		n, err := p.loadNamespace(ctx, name)
+		if errors.Is(err, ErrNoNamespace) {
+			return false, nil
+		}
+		if err != nil || n.Key == nil {
+			return false, err
+		}
+		key, err := p.opts.Keys.Rewrap(n.ID, n.Key)
+		if err != nil || key == n.Key {
+			return false, err
+		}
+		n.Key = key
+		n.rev, err = p.reg.Commit(ctx, []alba.Compare{n.compare()}, []alba.Write{n.write()})
+		if err == nil {
+			p.fenceDevices(ctx, &n) // which copies the record
+			return true, nil
+		}
+		if !errors.Is(err, alba.ErrConflict) {
+			return false, err
+		}
+	}
+	return false, ErrBusy
+}

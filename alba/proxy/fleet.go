@@ -1,0 +1,423 @@
+package proxy
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"scoria/alba"
+	"scoria/alba/asd"
+	"scoria/alba/place"
+)
+
+// Times of the fleet.
+const (
+	pollEvery   = 2 * time.Second
+	statTimeout = 2 * time.Second
+
+	maxCopies = 1 << 16 // namespaces of which a device is remembered to have a copy
+)
+
+// Dial opens the client of a device.
+type Dial func(ctx context.Context, d alba.Device) (asd.Client, error)
+
+// Location is where a daemon runs, to prefer what is near.
+type Location struct{ Host, Rack, Datacentre string }
+
+// distance is 0 for the same host, up to 3 for another datacentre.
+func (l Location) distance(d *alba.Device) int {
+	switch {
+	case l.Datacentre != d.Datacentre:
+		return 3
+	case l.Rack != d.Rack:
+		return 2
+	case l.Host != d.Host:
+		return 1
+	}
+	return 0
+}
+
+// Fleet is the devices of the registry with their clients and health. Safe from any
+// goroutine.
+type Fleet struct {
+	reg  alba.Registry
+	dial Dial
+	here Location
+
+	mu      sync.Mutex
+	devices map[string]*Member
+	order   []string // IDs, sorted
+}
+
+// Member is one device of the fleet.
+type Member struct {
+	health
+	fleet *Fleet
+
+	mu      sync.Mutex
+	rec     alba.Device
+	client  asd.Client // nil until it was dialed
+	stats   asd.Stats
+	statted time.Time        // of stats
+	full    time.Time        // a put was refused then
+	copies  map[string]int64 // revision of the copy it has, by namespace ID
+}
+
+// NewFleet returns the fleet of the registry, empty until Reload.
+func NewFleet(reg alba.Registry, dial Dial, here Location) *Fleet {
+	return &Fleet{reg: reg, dial: dial, here: here, devices: map[string]*Member{}}
+}
+
+// Reload reads the devices from the registry anew. Clients of devices that are gone,
+// or have another address, are closed.
+func (f *Fleet) Reload(ctx context.Context) error {
+	kvs, err := f.reg.List(ctx, alba.DevicePrefix)
+	if err != nil {
+		return fmt.Errorf("list devices: %w", err)
+	}
+	recs := make(map[string]alba.Device, len(kvs))
+	for _, kv := range kvs {
+		d, err := alba.Decode[alba.Device](kv.Value)
+		if err == nil {
+			err = d.Check()
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", kv.Key, err)
+		}
+		recs[d.ID] = d
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for id, m := range f.devices {
+		if _, ok := recs[id]; !ok {
+			m.close()
+			delete(f.devices, id)
+		}
+	}
+	f.order = f.order[:0]
+	for id, d := range recs {
+		f.order = append(f.order, id)
+		if m := f.devices[id]; m != nil {
+			m.replace(d)
+			continue
+		}
+		f.devices[id] = &Member{fleet: f, rec: d, copies: map[string]int64{}}
+	}
+	slices.Sort(f.order)
+	return nil
+}
+
+// Close closes all clients.
+func (f *Fleet) Close() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, m := range f.devices {
+		m.close()
+	}
+	clear(f.devices)
+	f.order = nil
+}
+
+// Member returns a device, or nil if the registry has none of that ID.
+func (f *Fleet) Member(id string) *Member {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.devices[id]
+}
+
+// Members returns all devices, by ID.
+func (f *Fleet) Members() []*Member {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	list := make([]*Member, len(f.order))
+	for i, id := range f.order {
+		list[i] = f.devices[id]
+	}
+	return list
+}
+
+// Poll asks all devices that are not known to be down for their statistics, and so
+// finds out which of the others are back.
+func (f *Fleet) Poll(ctx context.Context) {
+	var g errgroup.Group
+	for _, m := range f.Members() {
+		g.Go(func() error { m.Poll(ctx); return nil })
+	}
+	_ = g.Wait()
+}
+
+// States returns what placement needs to know. Devices that were never asked for
+// their statistics are asked now.
+func (f *Fleet) States(ctx context.Context) []place.Device {
+	members := f.Members()
+	var g errgroup.Group
+	for _, m := range members {
+		if m.unknown() {
+			g.Go(func() error { m.Poll(ctx); return nil })
+		}
+	}
+	_ = g.Wait()
+	list := make([]place.Device, len(members))
+	for i, m := range members {
+		list[i] = m.State()
+	}
+	return list
+}
+
+func (m *Member) close() {
+	m.mu.Lock()
+	c := m.client
+	m.client = nil
+	m.mu.Unlock()
+	if c != nil {
+		_ = c.Close()
+	}
+}
+
+func (m *Member) replace(d alba.Device) {
+	m.mu.Lock()
+	moved := m.rec.Address != d.Address
+	m.rec = d
+	m.mu.Unlock()
+	if moved {
+		m.close()
+	}
+}
+
+// Record returns the device's record.
+func (m *Member) Record() alba.Device {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.rec
+}
+
+// Down returns why and since when the device can't be used; "" if it can.
+func (m *Member) Down() (reason string, since time.Time) { return m.down() }
+
+// Up says that the device answered last time, or may be asked again.
+func (m *Member) Up() bool { return m.up(time.Now()) }
+
+// Client returns the device's client, dialed if need be. An error counts against
+// the device.
+func (m *Member) Client(ctx context.Context) (asd.Client, error) {
+	m.mu.Lock()
+	c, rec := m.client, m.rec
+	m.mu.Unlock()
+	if c != nil {
+		return c, nil
+	}
+	if rec.State == alba.DeviceRemoved {
+		return nil, fmt.Errorf("device %s was removed: %w", rec.ID, asd.ErrUnavailable)
+	}
+	c, err := m.fleet.dial(ctx, rec)
+	if err != nil {
+		err = fmt.Errorf("device %s at %s: %w (%w)", rec.ID, rec.Address, asd.ErrUnavailable, err)
+		m.failed(time.Now(), err)
+		return nil, err
+	}
+	m.mu.Lock()
+	old := m.client
+	if old == nil {
+		m.client = c
+	}
+	m.mu.Unlock()
+	if old != nil { // somebody else was faster
+		_ = c.Close()
+		return old, nil
+	}
+	return c, nil
+}
+
+// note records the outcome of a request for the device's health and returns err.
+func (m *Member) note(ctx context.Context, took time.Duration, err error) error {
+	switch {
+	case err == nil:
+		m.ok(took)
+	case ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded):
+		// Canceled by us: says nothing.
+	case errors.Is(err, asd.ErrClosed):
+		m.failed(time.Now(), err)
+		m.mu.Lock()
+		m.client = nil // dial anew
+		m.mu.Unlock()
+	case errors.Is(err, asd.ErrFull):
+		m.mu.Lock()
+		m.full = time.Now()
+		m.mu.Unlock()
+		m.ok(0)
+	case deviceFailure(err):
+		m.failed(time.Now(), err)
+	default:
+		m.ok(0) // it answered
+	}
+	return err
+}
+
+// Poll asks the device for its statistics, unless it is to be left alone yet.
+func (m *Member) Poll(ctx context.Context) {
+	if !m.Up() || m.Record().State == alba.DeviceRemoved {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, statTimeout)
+	defer cancel()
+	c, err := m.Client(ctx)
+	if err != nil {
+		return
+	}
+	st, err := c.Stats(ctx)
+	if err == nil && st.ID != m.Record().ID {
+		err = fmt.Errorf("ASD %s answers: %w", st.ID, asd.ErrWrongASD)
+	}
+	if err == nil && st.Failed != "" {
+		err = fmt.Errorf("%s: %w", st.Failed, asd.ErrFailed)
+	}
+	if m.note(ctx, 0, err) != nil && !errors.Is(err, asd.ErrFailed) {
+		return
+	}
+	m.mu.Lock()
+	m.stats, m.statted = st, time.Now()
+	if !st.Full {
+		m.full = time.Time{}
+	}
+	m.mu.Unlock()
+}
+
+func (m *Member) unknown() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.statted.IsZero()
+}
+
+// Stats returns the statistics that were asked for last, and when; the zero time if
+// never.
+func (m *Member) Stats() (asd.Stats, time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.stats, m.statted
+}
+
+func (m *Member) isFull() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.stats.Full || !m.full.IsZero()
+}
+
+// State is what placement knows of the device.
+func (m *Member) State() place.Device {
+	up := m.Up()
+	reason, _ := m.Down()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return place.Device{
+		Device: m.rec, Free: max(0, m.stats.Capacity-m.stats.Used), Capacity: m.stats.Capacity,
+		Usable: up && reason == "" && m.rec.State == alba.DeviceActive && !m.statted.IsZero() &&
+			!m.stats.Full && m.full.IsZero() && m.stats.Failed == "",
+	}
+}
+
+// Apply is asd.Client.Apply on the device; an unknown outcome is found out by
+// repeating, which asserts and keys that are used once make safe.
+func (m *Member) Apply(ctx context.Context, asserts []asd.Assert, updates []asd.Update, pri asd.Priority) error {
+	c, err := m.Client(ctx)
+	if err != nil {
+		return err
+	}
+	const attempts = 3
+	for range attempts {
+		err = c.Apply(ctx, asserts, updates, pri)
+		if !errors.Is(err, asd.ErrUnknownOutcome) || ctx.Err() != nil {
+			break
+		}
+	}
+	return m.note(ctx, 0, err)
+}
+
+// ApplyOwned is Apply for the owner of a namespace: with its epoch asserted, the
+// namespace's epoch raised where the device has not heard of it, and a copy of the
+// namespace's record.
+func (m *Member) ApplyOwned(ctx context.Context, n *namespace, epoch uint64, updates []asd.Update, pri asd.Priority) error {
+	id := n.ID.String()
+	all := make([]asd.Update, 0, len(updates)+2)
+	all = append(all, updates...)
+	if n.Epoch > 0 {
+		all = append(all, asd.RaiseEpoch(id, n.Epoch))
+	}
+	m.mu.Lock()
+	known := m.copies[id]
+	m.mu.Unlock()
+	if known < n.rev {
+		all = append(all, asd.Put(alba.NamespaceCopyKey(n.ID), asd.NewValue(alba.Encode(n.Namespace))))
+	}
+	err := m.Apply(ctx, []asd.Assert{asd.AssertEpoch(id, epoch)}, all, pri)
+	if err == nil && known < n.rev {
+		m.mu.Lock()
+		if len(m.copies) >= maxCopies {
+			clear(m.copies)
+		}
+		m.copies[id] = n.rev
+		m.mu.Unlock()
+	}
+	return err
+}
+
+// ReadAt is asd.Client.ReadAt on the device.
+func (m *Member) ReadAt(ctx context.Context, key string, p []byte, off int64, pri asd.Priority) error {
+	c, err := m.Client(ctx)
+	if err != nil {
+		return err
+	}
+	start := time.Now()
+	_, err = c.ReadAt(ctx, key, p, off, pri)
+	return m.note(ctx, smallRead(p, time.Since(start), pri), err)
+}
+
+// smallRead returns what a read's duration says about small ones; 0 for nothing.
+func smallRead(p []byte, took time.Duration, pri asd.Priority) time.Duration {
+	if len(p) > 64<<10 || pri != asd.PriorityGuest {
+		return 0
+	}
+	return max(took, 1)
+}
+
+// nearest orders members for reading: those that are up first, then by distance,
+// then by latency.
+func (f *Fleet) nearest(list []candidate) {
+	now := time.Now()
+	slices.SortStableFunc(list, func(a, b candidate) int {
+		au, bu := 0, 0
+		if !a.m.up(now) {
+			au = 1
+		}
+		if !b.m.up(now) {
+			bu = 1
+		}
+		ar, br := a.m.Record(), b.m.Record()
+		return cmp.Or(cmp.Compare(au, bu), cmp.Compare(f.here.distance(&ar), f.here.distance(&br)),
+			cmp.Compare(a.m.latency(), b.m.latency()))
+	})
+}
+
+// candidate is a shard that may be read.
+type candidate struct {
+	shard int
+	m     *Member
+}
+
+// dropTombstone deletes a key if it is there.
+func (m *Member) dropTombstone(ctx context.Context, key string) error {
+	c, err := m.Client(ctx)
+	if err != nil {
+		return err
+	}
+	infos, err := c.Exists(ctx, []string{key}, asd.PriorityRepair)
+	if m.note(ctx, 0, err) != nil || !infos[0].Exists {
+		return err
+	}
+	return m.Apply(ctx, nil, []asd.Update{asd.Delete(key)}, asd.PriorityRepair)
+}

@@ -1,0 +1,487 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+	"golang.org/x/sync/semaphore"
+
+	"scoria/alba"
+	"scoria/alba/erasure"
+)
+
+// Errors of a Proxy.
+var (
+	ErrStaleEpoch  = errors.New("stale epoch: another owner has taken the namespace")
+	ErrNoObject    = errors.New("no such object")
+	ErrExists      = errors.New("object exists with other contents")
+	ErrNoNamespace = errors.New("no such namespace")
+	ErrNoPreset    = errors.New("no such preset")
+	ErrClosed      = errors.New("proxy is closed")
+	// ErrUnreadable: more shards are lost or out of reach than the object's parity
+	// makes up for. It can be read again when enough devices are back.
+	ErrUnreadable = errors.New("too few shards can be read")
+	// ErrBusy: the registry changed under an operation too many times.
+	ErrBusy = errors.New("too many conflicts in the registry")
+)
+
+// Fault is a shard that should be repaired: bad, missing or never written.
+type Fault struct {
+	Namespace string
+	Object    string
+	Shard     int
+	Device    string
+	Reason    string
+}
+
+// Options of New.
+type Options struct {
+	Registry alba.Registry
+	Dial     Dial
+	Node     string // names this daemon in the registry
+	Location Location
+	Preset   string           // of namespaces that are created without one
+	Keys     *alba.MasterKeys // nil: nothing can be encrypted
+	// MemoryBytes bounds the chunks of uploads under way; 0 means 512 MiB. One
+	// chunk is always allowed.
+	MemoryBytes int64
+	// CacheObjects bounds the manifests kept; 0 means 65536.
+	CacheObjects int
+	// Report is told of faults; from any goroutine, must not block. May be nil.
+	Report func(Fault)
+	Log    zerolog.Logger
+}
+
+// Counters of a Proxy since it was made.
+type Counters struct {
+	Puts, Deletes  atomic.Uint64
+	PutBytes       atomic.Uint64 // of objects
+	Attempts       atomic.Uint64 // uploads begun, with those that were begun anew
+	Late           atomic.Uint64 // uploads acknowledged before all their shards were durable
+	Reads          atomic.Uint64
+	ReadBytes      atomic.Uint64 // asked for
+	FetchedBytes   atomic.Uint64 // read from devices for that
+	Hedged         atomic.Uint64 // pieces for which others were asked because of the time
+	Decoded        atomic.Uint64 // pieces that were computed from others
+	Faults         atomic.Uint64 // bad or missing fragments met
+	ManifestMisses atomic.Uint64
+}
+
+// Proxy reads and writes objects on the fleet's devices. Safe from any goroutine.
+type Proxy struct {
+	opts  Options
+	reg   alba.Registry
+	fleet *Fleet
+	cache cache
+
+	memory   *semaphore.Weighted
+	chunks   chan *erasure.Chunk // to be used again
+	late     chan struct{}       // tokens of uploads that complete in the background
+	purges   chan struct{}       // tokens of purges in the background
+	counters Counters
+
+	ctx    context.Context // of background work
+	cancel context.CancelFunc
+	mu     sync.Mutex
+	closed bool
+	wg     sync.WaitGroup // background work
+}
+
+const (
+	defaultMemory = 512 << 20
+	lateUploads   = 8
+	purgesAtOnce  = 8
+	keptChunks    = 4
+	tries         = 16 // of a registry transaction
+)
+
+// New returns a proxy; it watches the registry until Close.
+func New(ctx context.Context, o Options) (*Proxy, error) {
+	if o.MemoryBytes == 0 {
+		o.MemoryBytes = defaultMemory
+	}
+	if o.CacheObjects == 0 {
+		o.CacheObjects = 1 << 16
+	}
+	if o.Report == nil {
+		o.Report = func(Fault) {}
+	}
+	p := &Proxy{opts: o, reg: o.Registry, fleet: NewFleet(o.Registry, o.Dial, o.Location), memory: semaphore.NewWeighted(o.MemoryBytes),
+		chunks: make(chan *erasure.Chunk, keptChunks), late: make(chan struct{}, lateUploads), purges: make(chan struct{}, purgesAtOnce)}
+	p.cache.init(o.CacheObjects)
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	events, err := p.reg.Watch(p.ctx, alba.Prefix, 0)
+	if err == nil {
+		err = p.fleet.Reload(ctx)
+	}
+	if err != nil {
+		p.cancel()
+		return nil, fmt.Errorf("object store: %w", err)
+	}
+	p.wg.Go(func() { p.follow(events) })
+	p.wg.Go(p.poll)
+	return p, nil
+}
+
+// Close ends background work and closes the clients. Calls under way fail.
+func (p *Proxy) Close() {
+	p.mu.Lock()
+	p.closed = true
+	p.mu.Unlock()
+	p.cancel()
+	p.wg.Wait()
+	p.fleet.Close()
+}
+
+// Fleet returns the devices.
+func (p *Proxy) Fleet() *Fleet { return p.fleet }
+
+// Registry returns the registry that was given to New.
+func (p *Proxy) Registry() alba.Registry { return p.reg }
+
+// Node names this daemon.
+func (p *Proxy) Node() string { return p.opts.Node }
+
+// Counters returns the live counters.
+func (p *Proxy) Counters() *Counters { return &p.counters }
+
+// background runs fn unless the proxy is closed; false then.
+func (p *Proxy) background(fn func()) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return false
+	}
+	p.wg.Go(fn)
+	return true
+}
+
+// follow keeps caches in step with the registry.
+func (p *Proxy) follow(events <-chan alba.Event) {
+	for {
+		for e := range events {
+			p.changed(e.Key)
+		}
+		if p.ctx.Err() != nil {
+			return
+		}
+		// The watch fell behind, or the registry was away: anything may have changed.
+		var err error
+		if events, err = p.reg.Watch(p.ctx, alba.Prefix, 0); err != nil {
+			events = nil
+		}
+		p.cache.dropAll()
+		if err == nil {
+			err = p.fleet.Reload(p.ctx)
+		}
+		if err != nil {
+			p.opts.Log.Warn().Err(err).Msg("can't follow the registry; trying again")
+			closed := make(chan alba.Event)
+			close(closed)
+			events = closed
+			select {
+			case <-p.ctx.Done():
+				return
+			case <-time.After(time.Second):
+			}
+		}
+	}
+}
+
+func (p *Proxy) changed(key string) {
+	switch {
+	case strings.HasPrefix(key, alba.DevicePrefix):
+		if err := p.fleet.Reload(p.ctx); err != nil && p.ctx.Err() == nil {
+			p.opts.Log.Error().Err(err).Msg("device list can't be read")
+		}
+	case strings.HasPrefix(key, alba.NamespacePrefix), strings.HasPrefix(key, alba.ObjectPrefix):
+		p.cache.drop(key)
+	}
+}
+
+func (p *Proxy) poll() {
+	t := time.NewTicker(pollEvery)
+	defer t.Stop()
+	for {
+		p.fleet.Poll(p.ctx)
+		select {
+		case <-t.C:
+		case <-p.ctx.Done():
+			return
+		}
+	}
+}
+
+// check begins every call: it validates the names ("-" where there is none).
+func (p *Proxy) check(ctx context.Context, ns, name string) error {
+	if p.ctx.Err() != nil {
+		return ErrClosed
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := alba.CheckName("namespace", ns); err != nil {
+		return err
+	}
+	return alba.CheckName("object", name)
+}
+
+// opError names the operation and what it was about.
+func opError(op, ns, name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	if name != "" {
+		ns += "/" + name
+	}
+	return fmt.Errorf("object store: %s %s: %w", op, ns, err)
+}
+
+// namespace is a record with its revision.
+type namespace struct {
+	alba.Namespace
+	rev int64
+}
+
+// loadNamespace reads a namespace from the registry: ErrNoNamespace if there is
+// none or it is being deleted (then with the record).
+func (p *Proxy) loadNamespace(ctx context.Context, name string) (namespace, error) {
+	kv, ok, err := p.reg.Get(ctx, alba.NamespaceKey(name))
+	if err != nil {
+		return namespace{}, err
+	}
+	if !ok {
+		return namespace{}, ErrNoNamespace
+	}
+	rec, err := alba.Decode[alba.Namespace](kv.Value)
+	if err == nil && rec.Deleting {
+		err = fmt.Errorf("being deleted: %w", ErrNoNamespace)
+	}
+	return namespace{rec, kv.Revision}, err
+}
+
+// owned is loadNamespace for an owner of that epoch.
+func (p *Proxy) owned(ctx context.Context, name string, epoch uint64) (namespace, error) {
+	n, err := p.loadNamespace(ctx, name)
+	if err == nil && epoch < n.Epoch {
+		err = fmt.Errorf("epoch %d, the namespace is at %d: %w", epoch, n.Epoch, ErrStaleEpoch)
+	}
+	return n, err
+}
+
+func (n *namespace) compare() alba.Compare {
+	return alba.Compare{Key: alba.NamespaceKey(n.Name), Revision: n.rev}
+}
+
+func (n *namespace) write() alba.Write {
+	return alba.Write{Key: alba.NamespaceKey(n.Name), Value: alba.Encode(n.Namespace)}
+}
+
+// LoadPreset reads a preset from the registry: ErrNoPreset if there is none.
+func LoadPreset(ctx context.Context, reg alba.Registry, name string) (alba.Preset, error) {
+	kv, ok, err := reg.Get(ctx, alba.PresetKey(name))
+	if err != nil {
+		return alba.Preset{}, err
+	}
+	if !ok {
+		return alba.Preset{}, fmt.Errorf("%q: %w", name, ErrNoPreset)
+	}
+	ps, err := alba.Decode[alba.Preset](kv.Value)
+	if err == nil {
+		err = ps.Check()
+	}
+	if err != nil {
+		return ps, fmt.Errorf("%s: %w", kv.Key, err)
+	}
+	return ps, nil
+}
+
+// CreateNamespace makes a namespace with the proxy's default preset; no error if it
+// exists.
+func (p *Proxy) CreateNamespace(ctx context.Context, ns string) error {
+	return p.CreateNamespaceWith(ctx, ns, p.opts.Preset)
+}
+
+// CreateNamespaceWith makes a namespace with a preset; no error if it exists, with
+// whatever preset.
+func (p *Proxy) CreateNamespaceWith(ctx context.Context, ns, preset string) error {
+	err := p.check(ctx, ns, "-")
+	for range tries {
+		if err != nil {
+			break
+		}
+		var n namespace
+		if n, err = p.loadNamespace(ctx, ns); err == nil {
+			return nil
+		}
+		if !errors.Is(err, ErrNoNamespace) {
+			break
+		}
+		if n.Deleting { // somebody died in the middle of it
+			err = p.finishDelete(ctx, n)
+			continue
+		}
+		if _, err = LoadPreset(ctx, p.reg, preset); err != nil {
+			break
+		}
+		n = namespace{Namespace: alba.Namespace{Name: ns, ID: alba.NewID(), Preset: preset, Created: time.Now().UTC().Truncate(time.Second)}}
+		_, err = p.reg.Commit(ctx, []alba.Compare{n.compare()}, []alba.Write{n.write()})
+		if !errors.Is(err, alba.ErrConflict) {
+			break
+		}
+		err = nil
+	}
+	return opError("create namespace", ns, "", err)
+}
+
+// Namespaces lists all namespaces, sorted.
+func (p *Proxy) Namespaces(ctx context.Context) ([]string, error) {
+	err := p.check(ctx, "-", "-")
+	var kvs []alba.KV
+	if err == nil {
+		kvs, err = p.reg.List(ctx, alba.NamespacePrefix)
+	}
+	names := make([]string, 0, len(kvs))
+	for _, kv := range kvs {
+		rec, derr := alba.Decode[alba.Namespace](kv.Value)
+		if derr != nil {
+			err = derr
+			break
+		}
+		if !rec.Deleting {
+			names = append(names, rec.Name)
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("object store: list namespaces: %w", err)
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
+// Fence durably raises the namespace's epoch; ErrStaleEpoch if it is larger already,
+// equal is fine. When it returns, no commit of a smaller epoch can succeed; the
+// devices that are up refuse smaller epochs too, the others learn of it with the
+// next write of the new owner.
+func (p *Proxy) Fence(ctx context.Context, ns string, epoch uint64) error {
+	err := p.check(ctx, ns, "-")
+	var n namespace
+	for range tries {
+		if err != nil {
+			break
+		}
+		if n, err = p.owned(ctx, ns, epoch); err != nil || n.Epoch == epoch {
+			break
+		}
+		n.Epoch = epoch
+		var rev int64
+		rev, err = p.reg.Commit(ctx, []alba.Compare{n.compare()}, []alba.Write{n.write()})
+		if err == nil {
+			n.rev = rev
+			break
+		}
+		if errors.Is(err, alba.ErrConflict) {
+			err = nil
+			continue
+		}
+	}
+	if err == nil && n.Epoch != epoch {
+		err = ErrBusy
+	}
+	if err == nil {
+		p.fenceDevices(ctx, &n)
+	}
+	return opError("fence", ns, "", err)
+}
+
+// Size returns an object's size in bytes, or ErrNoObject.
+func (p *Proxy) Size(ctx context.Context, ns, name string) (int64, error) {
+	err := p.check(ctx, ns, name)
+	if err == nil {
+		var e *entry
+		if e, err = p.entry(ctx, ns, name, false); err == nil {
+			return e.m.Size, nil
+		}
+	}
+	return 0, opError("size", ns, name, err)
+}
+
+// List returns the names of objects with the prefix, sorted.
+func (p *Proxy) List(ctx context.Context, ns, prefix string) ([]string, error) {
+	err := p.check(ctx, ns, "-")
+	var names []string
+	if err == nil {
+		names, err = p.list(ctx, ns, prefix)
+	}
+	return names, opError("list", ns, prefix, err)
+}
+
+func (p *Proxy) list(ctx context.Context, ns, prefix string) ([]string, error) {
+	n, err := p.loadNamespace(ctx, ns)
+	if err != nil {
+		return nil, err
+	}
+	base := alba.ObjectKey(n.ID, "")
+	kvs, err := p.reg.List(ctx, base+prefix)
+	if err != nil {
+		return nil, err
+	}
+	names := make([]string, len(kvs))
+	for i, kv := range kvs {
+		names[i] = strings.TrimPrefix(kv.Key, base)
+	}
+	return names, nil
+}
+
+// ReadAt fills b from the object's offset: ErrNoObject if there is none,
+// io.ErrUnexpectedEOF if it ends before, ErrUnreadable if too few shards are within
+// reach.
+func (p *Proxy) ReadAt(ctx context.Context, ns, name string, b []byte, off int64) error {
+	err := p.check(ctx, ns, name)
+	if err == nil {
+		err = p.read(ctx, ns, name, b, off)
+	}
+	if err == nil {
+		p.counters.Reads.Add(1)
+		p.counters.ReadBytes.Add(uint64(len(b)))
+		return nil
+	}
+	return opError("read", ns, name, err)
+}
+
+// equalContents says whether the stored object is what src holds.
+func (p *Proxy) equalContents(ctx context.Context, e *entry, src io.ReaderAt, size int64) (bool, error) {
+	if e.m.Size != size {
+		return false, nil
+	}
+	const step = 1 << 20
+	a, b := make([]byte, min(step, size)), make([]byte, min(step, size))
+	for off := int64(0); off < size; off += step {
+		n := min(step, size-off)
+		if got, err := src.ReadAt(a[:n], off); int64(got) < n {
+			return false, sourceError(err, off+int64(got), size)
+		}
+		if err := p.readEntry(ctx, e, b[:n], off); err != nil {
+			return false, err
+		}
+		if string(a[:n]) != string(b[:n]) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+func sourceError(err error, off, size int64) error {
+	if err == nil || errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	return fmt.Errorf("read the object at %d of %d: %w", off, size, err)
+}

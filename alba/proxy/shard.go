@@ -1,0 +1,357 @@
+package proxy
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"scoria/alba"
+	"scoria/alba/asd"
+	"scoria/alba/erasure"
+)
+
+// windowChunks is how many chunks of an upload are in memory: one is encoded while
+// another is sent.
+const windowChunks = 2
+
+// watchEvery is how often an upload that waits looks at its devices' health.
+const watchEvery = 250 * time.Millisecond
+
+// sharedChunk is a chunk that several shards are sending.
+type sharedChunk struct {
+	*erasure.Chunk
+	u     *upload
+	bytes int64
+	last  bool
+	refs  atomic.Int32
+}
+
+// acquire waits for the memory of a chunk. Meanwhile shards that lag behind c others
+// for longer than a grace are given up, and those whose device is found to be down.
+func (u *upload) acquire(ctx context.Context) (*sharedChunk, error) {
+	begun := time.Now()
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	var lag <-chan time.Time
+	for {
+		changed := u.changed()
+		if lag == nil && u.idle() >= u.m.Policy.C {
+			t := time.NewTimer(min(graceMax, max(graceMin*5, time.Since(begun))))
+			defer t.Stop()
+			lag = t.C
+		}
+		select {
+		case u.window <- struct{}{}:
+			return u.allocate(ctx)
+		case <-lag:
+			u.stopLagging()
+			lag = nil
+		case <-changed:
+		case <-tick.C:
+			u.stopDown()
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+func (u *upload) allocate(ctx context.Context) (*sharedChunk, error) {
+	l := u.m.Layout()
+	n := min(l.ChunkBytes()/int64(l.K)*int64(l.K+l.M), u.p.opts.MemoryBytes)
+	if err := u.p.memory.Acquire(ctx, n); err != nil {
+		<-u.window
+		return nil, err
+	}
+	c := &sharedChunk{u: u, bytes: n}
+	c.refs.Store(1)
+	select {
+	case c.Chunk = <-u.p.chunks:
+	default:
+		c.Chunk = new(erasure.Chunk)
+	}
+	return c, nil
+}
+
+// release drops n references; the last gives the memory back.
+func (c *sharedChunk) release(n int32) {
+	if c.refs.Add(-n) > 0 {
+		return
+	}
+	select {
+	case c.u.p.chunks <- c.Chunk:
+	default:
+	}
+	c.u.p.memory.Release(c.bytes)
+	<-c.u.window
+}
+
+// shardWriter sends one shard's fragments to its device, in order, from its own
+// goroutine.
+type shardWriter struct {
+	u      *upload
+	shard  int
+	m      *Member
+	queue  chan *sharedChunk
+	ctx    context.Context
+	cancel context.CancelFunc
+
+	mu     sync.Mutex
+	sent   int // chunks handed to it
+	stored int // chunks durable
+	ended  bool
+	over   bool // the goroutine is gone
+	failed error
+}
+
+// start makes a writer for each shard that has a device.
+func (u *upload) start(ctx context.Context) {
+	for i, id := range u.m.Shards {
+		if id == "" {
+			continue
+		}
+		s := &shardWriter{u: u, shard: i, m: u.p.fleet.Member(id), queue: make(chan *sharedChunk, windowChunks)}
+		s.ctx, s.cancel = context.WithCancel(ctx)
+		u.shards = append(u.shards, s)
+		go s.run()
+	}
+}
+
+// hand gives a chunk to all shards that have not failed.
+func (u *upload) hand(c *sharedChunk) {
+	for _, s := range u.shards {
+		s.mu.Lock()
+		if s.failed == nil {
+			c.refs.Add(1)
+			s.sent++
+			s.queue <- c // never blocks: the window is as large
+		}
+		s.mu.Unlock()
+	}
+	c.release(1)
+}
+
+// end says that no more chunks come.
+func (s *shardWriter) end() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.ended {
+		s.ended = true
+		close(s.queue)
+	}
+}
+
+func (s *shardWriter) run() {
+	defer func() {
+		s.mu.Lock()
+		s.over = true
+		s.mu.Unlock()
+		s.u.broadcast()
+	}()
+	if s.m == nil {
+		s.fail(fmt.Errorf("device %s was taken out of the registry: %w", s.u.m.Shards[s.shard], asd.ErrUnavailable))
+	}
+	marked := false
+	for c := range s.queue {
+		if s.err() == nil {
+			if err := s.store(c); err != nil {
+				s.fail(err)
+			} else {
+				s.mu.Lock()
+				s.stored++
+				s.mu.Unlock()
+				marked = c.last
+			}
+		}
+		c.release(1)
+		s.u.broadcast()
+	}
+	// An object without a byte, or whose end showed only behind the last chunk.
+	if s.err() == nil && !marked && s.ctx.Err() == nil {
+		if err := s.apply(s.mark(nil)); err != nil {
+			s.fail(err)
+		}
+	}
+	if s.ctx.Err() != nil {
+		s.fail(s.ctx.Err())
+	}
+}
+
+// store makes a fragment durable, with the shard's manifest behind the last.
+func (s *shardWriter) store(c *sharedChunk) error {
+	m := s.u.m
+	key := alba.FragmentKey(m.NamespaceID, m.Upload, s.shard, c.Number)
+	updates := []asd.Update{asd.Put(key, asd.NewValueBlocks(c.Shards[s.shard], alba.Unit(m.Compression, m.Encryption)))}
+	if c.last {
+		updates = s.mark(updates)
+	}
+	return s.apply(updates)
+}
+
+// mark adds the shard's manifest: only the end of the stream says how long it is.
+func (s *shardWriter) mark(updates []asd.Update) []asd.Update {
+	m := s.u.m
+	return append(updates, asd.Put(alba.ShardKey(m.NamespaceID, m.Upload, s.shard), asd.NewValue(m.Encode())))
+}
+
+// apply writes with the owner's epoch, and tells the device of the namespace's.
+func (s *shardWriter) apply(updates []asd.Update) error {
+	ctx, cancel := context.WithTimeout(s.ctx, writeTimeout)
+	defer cancel()
+	if err := s.m.ApplyOwned(ctx, &s.u.ns, s.u.epoch, updates, asd.PriorityGuest); err != nil {
+		return fmt.Errorf("shard %d on device %s: %w", s.shard, s.m.Record().ID, err)
+	}
+	return nil
+}
+
+func (s *shardWriter) err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.failed
+}
+
+func (s *shardWriter) fail(err error) {
+	s.mu.Lock()
+	if s.failed == nil {
+		s.failed = err
+	}
+	s.mu.Unlock()
+	s.u.broadcast()
+}
+
+// state says whether the shard is durable, and whether it may still become so.
+func (s *shardWriter) state() (done, pending bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.failed == nil && s.over, s.failed == nil && !s.over
+}
+
+func (u *upload) count() (done, pending int) {
+	for _, s := range u.shards {
+		d, p := s.state()
+		if d {
+			done++
+		}
+		if p {
+			pending++
+		}
+	}
+	return done, pending
+}
+
+func (u *upload) pending() int {
+	_, n := u.count()
+	return n
+}
+
+func (u *upload) alive() int {
+	done, pending := u.count()
+	return done + pending
+}
+
+// idle is how many shards have stored all that they were given.
+func (u *upload) idle() (n int) {
+	for _, s := range u.shards {
+		s.mu.Lock()
+		if s.failed == nil && s.stored == s.sent {
+			n++
+		}
+		s.mu.Unlock()
+	}
+	return n
+}
+
+// stopLagging gives up the shards that have not, if the others are enough.
+func (u *upload) stopLagging() {
+	if u.idle() < u.m.Policy.C {
+		return
+	}
+	for _, s := range u.shards {
+		s.mu.Lock()
+		lags := s.failed == nil && s.stored < s.sent
+		if lags {
+			s.failed = fmt.Errorf("shard %d: device %s is too slow: %w", s.shard, u.m.Shards[s.shard], context.DeadlineExceeded)
+		}
+		s.mu.Unlock()
+		if lags {
+			s.m.hedged(time.Now())
+			s.cancel()
+		}
+	}
+	u.broadcast()
+}
+
+// stopDown gives up the shards whose devices fail otherwise: one that hangs would
+// be waited for much longer.
+func (u *upload) stopDown() {
+	for _, s := range u.shards {
+		if _, pending := s.state(); !pending {
+			continue
+		}
+		if reason, _ := s.m.Down(); reason != "" && !s.m.Up() {
+			s.fail(fmt.Errorf("shard %d: device %s is down: %w (%s)", s.shard, u.m.Shards[s.shard], asd.ErrUnavailable, reason))
+			s.cancel()
+		}
+	}
+}
+
+// stopLate gives up all shards that are not durable yet.
+func (u *upload) stopLate() {
+	for _, s := range u.shards {
+		if _, pending := s.state(); pending {
+			s.cancel()
+		}
+	}
+}
+
+// join ends all writers and waits for them.
+func (u *upload) join() {
+	for _, s := range u.shards {
+		s.cancel()
+		s.end()
+	}
+	for {
+		changed := u.changed()
+		left := false
+		for _, s := range u.shards {
+			s.mu.Lock()
+			left = left || !s.over
+			s.mu.Unlock()
+		}
+		if !left {
+			return
+		}
+		<-changed
+	}
+}
+
+// durable is where the shards are that can be read.
+func (u *upload) durable() []string {
+	list := make([]string, u.m.Policy.Shards())
+	for _, s := range u.shards {
+		if done, _ := s.state(); done {
+			list[s.shard] = s.m.Record().ID
+		}
+	}
+	return list
+}
+
+// changed is closed at the next change of a shard's state. Take it before looking.
+func (u *upload) changed() <-chan struct{} {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.news == nil {
+		u.news = make(chan struct{})
+	}
+	return u.news
+}
+
+func (u *upload) broadcast() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.news != nil {
+		close(u.news)
+		u.news = nil
+	}
+}
