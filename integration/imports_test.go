@@ -64,7 +64,7 @@ var rules = []rule{
 		reason: "the key-value store is a matter of the ASD's engine alone, so that it can be replaced there",
 	},
 	{
-		in:     []string{"scoria/vhost/wire", "scoria/vhost/virtq", "scoria/driver/tlog", "scoria/alba/erasure", "scoria/alba/place"},
+		in:     []string{"scoria/vhost/wire", "scoria/vhost/virtq", "scoria/shm/wire", "scoria/shm/ring", "scoria/driver/tlog", "scoria/alba/erasure", "scoria/alba/place"},
 		forbid: []string{"os", "net/...", "os/...", "syscall", "golang.org/x/sys/..."},
 		reason: "pure: codecs over bytes, which is what lets fuzzing and property tests reach every state",
 	},
