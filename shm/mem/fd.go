@@ -15,6 +15,9 @@ import (
 // ErrFDs: more descriptors came with a message than it may carry.
 var ErrFDs = errors.New("too many file descriptors in one message")
 
+// ErrPacket: a packet is longer than any message.
+var ErrPacket = errors.New("packet is too long")
+
 // CloseAll closes the descriptors.
 func CloseAll(fds []int) {
 	for _, fd := range fds {
@@ -64,6 +67,33 @@ func ReadFull(conn *net.UnixConn, p []byte, maxFDs int) (fds []int, err error) {
 		n += got
 	}
 	return fds, nil
+}
+
+// ReadPacket reads one packet of a SOCK_SEQPACKET socket with its descriptors,
+// close-on-exec, which belong to the caller unless err is set. It fails with
+// io.EOF at the end, ErrFDs if more than maxFDs descriptors came, and ErrPacket
+// if the packet is longer than p.
+func ReadPacket(conn *net.UnixConn, p []byte, maxFDs int) (n int, fds []int, err error) {
+	oob := make([]byte, unix.CmsgSpace(4*maxFDs))
+	n, oobn, flags, _, err := conn.ReadMsgUnix(p, oob)
+	// Descriptors are installed even where the read is an error for us.
+	fds, perr := parseRights(oob[:oobn])
+	switch {
+	case err != nil:
+	case perr != nil:
+		err = perr
+	case flags&unix.MSG_CTRUNC != 0 || len(fds) > maxFDs:
+		err = fmt.Errorf("want at most %d: %w", maxFDs, ErrFDs)
+	case flags&unix.MSG_TRUNC != 0:
+		err = fmt.Errorf("more than %d bytes: %w", len(p), ErrPacket)
+	case n == 0:
+		err = io.EOF
+	}
+	if err != nil {
+		CloseAll(fds)
+		return 0, nil, err
+	}
+	return n, fds, nil
 }
 
 func parseRights(oob []byte) ([]int, error) {

@@ -27,6 +27,13 @@ func contains(b []byte, addr uintptr) bool {
 	return addr-uintptr(unsafe.Pointer(unsafe.SliceData(b))) < uintptr(len(b))
 }
 
+// Offset returns where in m the bytes b begin, and whether all of b lies in it.
+func (m *Mapping) Offset(b []byte) (uint64, bool) {
+	off := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b))) - uintptr(unsafe.Pointer(unsafe.SliceData(m.data))))
+	size := uint64(len(m.data))
+	return off, off <= size && uint64(len(b)) <= size-off
+}
+
 // AlignedTo reports whether b starts at a multiple of align, a power of two,
 // in this process.
 func AlignedTo(b []byte, align uintptr) bool {

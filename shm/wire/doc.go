@@ -43,7 +43,8 @@
 //
 // # When the server dies
 //
-// The client connects anew, opens its volume, empties the submission and
+// A server that ends a connection touches the memory no more once the socket is
+// closed. The client connects anew, opens its volume, empties the submission and
 // completion ring of each of its rings' memory, sends it along with ring, and
 // submits again, in their order, the requests that it has no completion of.
 // Addresses in the arena stay as they were.
