@@ -50,7 +50,7 @@ func newBed(t testing.TB, opts blocktest.Options, change func(*Config)) *bed {
 // start begins to serve, anew after the server was closed.
 func (b *bed) start(change func(*Config)) {
 	b.t.Helper()
-	c := Config{Opener: b.pool, Set: b.set, Log: zerolog.New(zerolog.NewTestWriter(b.t)).Level(zerolog.WarnLevel)}
+	c := Config{Opener: b.pool, Set: b.set, Log: zerolog.Nop()}
 	if change != nil {
 		change(&c)
 	}

@@ -204,15 +204,15 @@ func (s *session) addRing(m *message) (a answer, err error) {
 
 // newQueue makes and starts a ring in the memory of fd, or in new memory, whose
 // descriptor it returns, if fd is -1.
-func (s *session) newQueue(l ring.Layout, fd int) (q *queue, memfd int, err error) {
-	q = &queue{
+func (s *session) newQueue(l ring.Layout, fd int) (_ *queue, _ int, err error) {
+	q := &queue{
 		s: s, number: uint32(s.nextRing), kick: -1, call: -1, readOnly: s.readOnly, maxDiscard: s.dev.Info().MaxDiscard,
 		answers: make([]ring.Completion, l.Entries), charged: int64(l.TotalBytes()) + int64(l.Entries)*slotBytes,
 	}
 	if !s.srv.charge(q.charged) {
 		return nil, -1, refusef(wire.Limit, "rings take all the memory that they may: close others or ask for less than %d bytes", l.TotalBytes())
 	}
-	memfd = -1
+	memfd := -1
 	defer func() {
 		if err != nil {
 			mem.CloseFD(&memfd)
