@@ -216,10 +216,6 @@ func (v *Volume) checkData(ctx context.Context, t *sco.Trailer, crcs map[uint32]
 func (v *Volume) checkLive(ctx context.Context, number uint64, records []tlog.Record, rep *CheckReport) error {
 	for i := range records {
 		if r := &records[i]; r.HasData() {
-			if r.LBA >= v.m.Clusters() {
-				rep.problem("SCO %d: record %d names cluster %d behind the end of the volume", number, i, r.LBA)
-				return nil
-			}
 			if _, err := v.locateIn(ctx, r.LBA); err != nil {
 				rep.problem("map page of cluster %d: %v", r.LBA, err)
 				return ctx.Err()

@@ -41,6 +41,11 @@ func (v *Volume) clearBytes(r *block.Request) error {
 	if err := v.clearPart(r, last*block.ClusterSize, end); err != nil {
 		return err
 	}
+	return v.clearWhole(r, first, last)
+}
+
+// clearWhole forgets the clusters [first, last), in pieces if there is much to do.
+func (v *Volume) clearWhole(r *block.Request, first, last uint64) error {
 	for first < last {
 		n := last - first
 		if v.m.Mapped() > clearSmall {

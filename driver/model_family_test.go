@@ -134,6 +134,20 @@ func (f *family) step() error {
 
 func (f *family) flatten(w *world) error {
 	f.note("flatten %s", w.cfg.Name)
+	var last uint64
+	err := w.vol.Flatten(context.Background(), func(done, total uint64) {
+		if done < last || done > total {
+			f.t.Errorf("%s: %d of %d are flattened after %d", f.where(), done, total, last)
+		}
+		last = done
+	})
+	if err != nil {
+		return err
+	}
+	f.kin[w] = w.vol.Ancestors()
+	if len(w.shots) == 0 && len(f.kin[w]) > 0 {
+		f.t.Fatalf("%s: it is flattened and still builds on %+v", f.where(), f.kin[w])
+	}
 	return nil
 }
 

@@ -91,6 +91,12 @@ func (w *world) snapshotStep() error {
 		return w.snapshot()
 	}
 	i := w.rng.IntN(len(w.shots))
+	switch w.rng.IntN(12) {
+	case 0:
+		return w.rollback(i)
+	case 1, 2:
+		return w.changes(i)
+	}
 	if w.rng.IntN(3) == 0 {
 		if w.locked != nil && w.locked(w.shots[i].ID) {
 			if err := w.vol.DeleteSnapshot(context.Background(), w.shots[i].ID); !errors.Is(err, driver.ErrSnapshotInUse) {
@@ -106,6 +112,169 @@ func (w *world) snapshotStep() error {
 		return nil
 	}
 	return w.readShot(w.shots[i], off, length)
+}
+
+// rollback goes back to a snapshot. The registry forgets the later ones when it has
+// succeeded, or when the volume says after a crash that it had.
+func (w *world) rollback(i int) error {
+	s := w.shots[i]
+	later := len(w.shots) - i - 1
+	for _, l := range w.shots[i+1:] {
+		if w.locked != nil && w.locked(l.ID) {
+			return nil
+		}
+	}
+	w.note("rollback to %s, over %d snapshots", s.Name, later)
+	if later > 0 {
+		var refused *driver.LaterSnapshotsError
+		err := w.vol.Rollback(context.Background(), s.ID, false)
+		if !errors.As(err, &refused) && err != nil {
+			return err
+		}
+		if refused == nil || len(refused.Names) != later {
+			w.t.Fatalf("%s: rollback over snapshots: %v", w.where(), err)
+		}
+	}
+	w.rolling = &s
+	if err := w.vol.Rollback(context.Background(), s.ID, true); err != nil {
+		return err
+	}
+	w.rolled()
+	return nil
+}
+
+// rolled makes the model what it was at the snapshot that the volume went back to.
+func (w *world) rolled() {
+	s := w.rolling
+	w.rolling = nil
+	w.model = bytes.Clone(s.data)
+	w.resized(s.Size)
+	w.settled()
+	w.shots = slices.DeleteFunc(w.shots, func(o shot) bool { return o.Sequence > s.Sequence })
+	w.recordShots()
+}
+
+func (w *world) resized(size uint64) {
+	w.size, w.cfg.Size = size, size
+}
+
+// opened finishes what the registry could not while the volume was gone.
+func (w *world) opened() {
+	if w.rolling != nil {
+		// Either all later snapshots are there, or none is and it has happened. If
+		// there are none it shows in the data.
+		later := slices.ContainsFunc(w.shots, func(o shot) bool { return o.Sequence > w.rolling.Sequence })
+		n := len(w.vol.Snapshots())
+		switch {
+		case later && n == len(w.shots):
+		case later:
+			w.rolled()
+		case bytes.Equal(w.readUpTo(w.rolling.Size), w.rolling.data):
+			w.rolled()
+		}
+		w.rolling = nil
+		if size := w.vol.Info().Size; size < w.size { // the registry had the old one
+			if err := w.vol.Resize(context.Background(), w.size); err != nil {
+				w.t.Fatalf("%s: %v", w.where(), err)
+			}
+		} else if size > w.size {
+			if err := w.vol.Shrink(context.Background(), w.size, false); err != nil {
+				w.t.Fatalf("%s: %v", w.where(), err)
+			}
+		}
+	}
+	if w.vol.Info().Size != w.size {
+		w.t.Fatalf("%s: opened with %d bytes, want %d", w.where(), w.vol.Info().Size, w.size)
+	}
+}
+
+// readUpTo reads the beginning of a volume that may be smaller.
+func (w *world) readUpTo(size uint64) []byte {
+	size = min(size, w.vol.Info().Size)
+	was := w.size
+	w.size = size
+	defer func() { w.size = was }()
+	return w.readAll()
+}
+
+// changes compares what is said to have changed since a snapshot with what has.
+func (w *world) changes(i int) error {
+	var upTo uuid.UUID
+	since, now := w.shots[i], w.model
+	if j := w.rng.IntN(len(w.shots) + 1); j < len(w.shots) {
+		upTo, now = w.shots[j].ID, w.shots[j].data
+	}
+	w.note("changes since %s up to %v", since.Name, upTo)
+	off, length := w.span(sector, 2000)
+	end := min(off+length, uint64(len(now)))
+	at := off
+	err := w.vol.Changes(context.Background(), since.ID, upTo, off, length, func(e block.Extent) bool {
+		if e.Offset != at || e.Length == 0 {
+			w.t.Fatalf("%s: extent %+v, want one from %d on", w.where(), e, at)
+		}
+		at += e.Length
+		if e.Mapped {
+			return true
+		}
+		for p := e.Offset; p < at; p += sector {
+			old := make([]byte, sector)
+			if p < uint64(len(since.data)) {
+				old = since.data[p : p+sector]
+			}
+			if !bytes.Equal(old, now[p:p+sector]) {
+				w.t.Fatalf("%s: byte %d differs and is not said to", w.where(), p)
+			}
+		}
+		return true
+	})
+	if err == nil && off < end && at != end {
+		w.t.Fatalf("%s: changes end at %d, want %d", w.where(), at, end)
+	}
+	return err
+}
+
+// resize makes the volume larger or smaller.
+func (w *world) resize() error {
+	size := uint64(1+w.rng.IntN(int(w.size>>20)+2)) << 20
+	size = min(size, 10<<20)
+	w.note("resize %d to %d", w.size, size)
+	if size >= w.size {
+		w.cfg.Size = size // the registry knows first
+		if err := w.vol.Resize(context.Background(), size); err != nil {
+			return err
+		}
+		w.grown(size)
+		return nil
+	}
+	lost := !bytes.Equal(w.model[size:], make([]byte, w.size-size))
+	var refused *driver.ShrinkError
+	err := w.vol.Shrink(context.Background(), size, false)
+	if errors.As(err, &refused) {
+		// Zeroes that were written are data, too.
+		if refused.Bytes == 0 || refused.Last < size || refused.Last >= w.size {
+			w.t.Fatalf("%s: %v", w.where(), err)
+		}
+		w.history = append(w.history, update{size, make([]byte, w.size-size)})
+		err = w.vol.Shrink(context.Background(), size, true)
+	} else if lost && err == nil {
+		w.t.Fatalf("%s: data was lost unasked", w.where())
+	}
+	if err != nil {
+		return err
+	}
+	w.model = w.model[:size]
+	w.resized(size)
+	w.settled()
+	return nil
+}
+
+func (w *world) grown(size uint64) {
+	if size > w.size {
+		more := make([]byte, size-w.size)
+		w.model = append(bytes.Clone(w.model), more...)
+		w.flushed = append(bytes.Clone(w.flushed), more...)
+	}
+	w.resized(size)
 }
 
 // verifyShots compares all snapshots, and what the volume says of them.

@@ -45,6 +45,7 @@ type world struct {
 	history []update // single effects since then, in log order
 	trace   []string
 	shots   []shot
+	rolling *shot                // a rollback to it is under way
 	locked  func(uuid.UUID) bool // a clone builds on the snapshot
 }
 
@@ -99,6 +100,10 @@ func (w *world) open() {
 	if w.vol, err = w.eng.OpenVolume(context.Background(), w.cfg); err != nil {
 		w.t.Fatalf("%s: %v", w.where(), err)
 	}
+	if w.cfg.Size > w.size { // it died before the guest knew
+		w.grown(w.cfg.Size)
+	}
+	w.opened()
 }
 
 func (w *world) where() string {
@@ -357,7 +362,9 @@ func (w *world) restart() {
 // step does one random operation that doesn't end the world.
 func (w *world) step() error {
 	ctx := context.Background()
-	switch n := w.rng.IntN(110); {
+	switch n := w.rng.IntN(112); {
+	case n >= 110:
+		return w.resize()
 	case n >= 100:
 		return w.snapshotStep()
 	case n < 35:

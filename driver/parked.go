@@ -182,6 +182,10 @@ func (v *Volume) writeWhole(p *parkedWrite) error {
 	for p.done < n {
 		k := min(n-p.done, maxInlineClusters)
 		v.gate.RLock()
+		if p.r.Offset+p.r.Length > v.info.Load().Size {
+			v.gate.RUnlock()
+			return block.ErrRange // it has shrunk meanwhile
+		}
 		done, err := v.writeClusters(&src, first+uint64(p.done), k)
 		v.gate.RUnlock()
 		p.done += done

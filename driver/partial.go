@@ -71,6 +71,9 @@ func (v *Volume) mergeCluster(r *block.Request, cluster uint64, off int, piece [
 func (v *Volume) replaceCluster(cluster uint64, loc lba.Location, buf []byte) (done bool, err error) {
 	v.gate.Lock()
 	defer v.gate.Unlock()
+	if cluster >= v.info.Load().Size/block.ClusterSize {
+		return false, block.ErrRange // it has shrunk meanwhile
+	}
 	if now, ok := v.m.Get(cluster); !ok || now != loc {
 		return false, nil
 	}

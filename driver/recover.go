@@ -455,7 +455,13 @@ func (v *Volume) replay(ctx context.Context, s *replaySCO) error {
 			continue
 		}
 		if r.LBA >= v.m.Clusters() || n > v.m.Clusters()-r.LBA {
-			return fmt.Errorf("record %d: cluster %d behind the end of the volume: %w", i, r.LBA, block.ErrCorrupt)
+			// It was larger then; unless it never can have been.
+			if r.LBA > lba.MaxClusters || n > lba.MaxClusters-r.LBA {
+				return fmt.Errorf("record %d: cluster %d behind the end of any volume: %w", i, r.LBA, block.ErrCorrupt)
+			}
+			if err := v.m.Resize(r.LBA + n); err != nil {
+				return err
+			}
 		}
 		if !v.m.Resident(r.LBA, n) {
 			if err := v.m.Load(ctx, v.ckpt, r.LBA, n); err != nil {

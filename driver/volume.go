@@ -62,14 +62,15 @@ type Volume struct {
 	inheritedAtStart int64               // clusters in ancestors, in the root that recovery began with
 	clones           users               // open clones
 
-	parked  parkedQueue
-	waiting waitingSet
-	rmw     [64]sync.Mutex // sub-cluster writes, by cluster number
-	claims  claims
-	watches watches
-	conds   conditions
-	stats   counters
-	seq     seqReader
+	parked   parkedQueue
+	waiting  waitingSet
+	resizeMu sync.Mutex     // one change of size at a time; before house
+	rmw      [64]sync.Mutex // sub-cluster writes, by cluster number
+	claims   claims
+	watches  watches
+	conds    conditions
+	stats    counters
+	seq      seqReader
 
 	users      users          // who is inside without a request
 	background sync.WaitGroup // goroutines of this volume
@@ -212,33 +213,6 @@ func (v *Volume) Cancel(owner any) {
 	}
 	v.waiting.cancel(owner)
 	v.cancelFlushes(owner)
-}
-
-// Resize changes the size. Growing takes effect at once and is announced to the
-// watchers; the registry must know the new size first. Shrinking is refused.
-func (v *Volume) Resize(_ context.Context, size uint64) error {
-	if !v.users.add() {
-		return fmt.Errorf("volume %s: resize: %w", v.cfg.Name, block.ErrClosed)
-	}
-	defer v.users.done()
-	v.gate.Lock()
-	defer v.gate.Unlock()
-	c := v.cfg
-	c.Size = size
-	if err := c.Validate(); err != nil {
-		return err
-	}
-	if size < v.cfg.Size {
-		return fmt.Errorf("volume %s: new size %d is less than %d: shrinking is not supported", c.Name, size, v.cfg.Size)
-	}
-	if err := v.m.Resize(size / block.ClusterSize); err != nil {
-		return fmt.Errorf("volume %s: resize to %d: %w", c.Name, size, err)
-	}
-	v.cfg.Size = size
-	v.setInfo()
-	info := v.Info()
-	go v.watches.notify(info)
-	return nil
 }
 
 // Claim implements block.Device.

@@ -20,12 +20,12 @@ var errNoRoom = errors.New("write buffer is full")
 // It runs on the front end's worker; whatever can't be done at once (no room,
 // part of a cluster, a map page on disk) goes to another goroutine.
 func (v *Volume) submitWrites(batch []*block.Request) {
-	info := v.info.Load()
 	unusable := v.writable()
 	var bytes uint64
 	v.lastWrite.Store(v.eng.now.Load())
 	throttled := v.mustThrottle()
 	v.gate.RLock()
+	info := v.info.Load() // the size shrinks with the gate closed only
 	for i, r := range batch {
 		if i+1 < len(batch) && len(batch[i+1].Segments) > 0 {
 			prefetch(batch[i+1].Segments[0])
@@ -84,6 +84,9 @@ func (v *Volume) writeClusters(src *segments, first uint64, n uint32) (done uint
 		if !ok {
 			if err := v.makeRoom(k, k); err != nil {
 				return done, err
+			}
+			if first+uint64(n) > v.info.Load().Size/block.ClusterSize {
+				return done, block.ErrRange // it shrank while the gate was open
 			}
 			continue
 		}

@@ -26,14 +26,14 @@
 // The driver has a gate per volume. Calls fall into four classes:
 //
 //   - at any time, from any goroutine: Get, GetRange, Walk, Extents, Resident,
-//     Load, MarkObjectDirty, Mapped, Stats, LivePages, Objects;
+//     Load, Diff, MarkObjectDirty, Mapped, Stats, LivePages, Objects;
 //   - with the gate held shared, or exclusively: Set, Replace;
 //   - with the gate held exclusively (no Set or Replace runs): Clear,
-//     BeginCheckpoint, Resize;
+//     BeginCheckpoint, Resize, Revert;
 //   - in the one goroutine of a checkpoint, without the gate: the methods of
 //     Checkpoint. RestoreDirectory and Close run alone.
 //
-// Load, Walk, Extents and MarkObjectDirty wait for reads of stored pages; the
+// Load, Walk, Extents, Diff and MarkObjectDirty wait for reads of stored pages; the
 // others never wait for anything but a short lock.
 //
 // # Newer wins

@@ -94,6 +94,9 @@ func (m *Map) loadLeaf(ctx context.Context, r PageReader, leaf uint64) error {
 			s.mu.Unlock()
 			call.err = m.install(ctx, r, leaf)
 			close(call.done)
+			if errors.Is(call.err, errReverted) {
+				continue
+			}
 			return call.err
 		}
 		s.mu.Unlock()
@@ -103,14 +106,14 @@ func (m *Map) loadLeaf(ctx context.Context, r PageReader, leaf uint64) error {
 			return ctx.Err()
 		}
 		// The other's context may have ended; that is no reason for us to fail.
-		if call.err != nil && !errors.Is(call.err, context.Canceled) && !errors.Is(call.err, context.DeadlineExceeded) {
+		if call.err != nil && !errors.Is(call.err, errReverted) && !errors.Is(call.err, context.Canceled) && !errors.Is(call.err, context.DeadlineExceeded) {
 			return call.err
 		}
 	}
 }
 
 // install reads an absent leaf's page and enters it in the directory. Nobody
-// else can change an absent leaf meanwhile.
+// else can change an absent leaf meanwhile, except Revert (errReverted).
 func (m *Map) install(ctx context.Context, r PageReader, leaf uint64) error {
 	addr := PageAddr(m.stored(leaf).Load())
 	page := m.arena.alloc()
@@ -124,6 +127,12 @@ func (m *Map) install(ctx context.Context, r PageReader, leaf uint64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.loads, leaf)
+	if !m.entry(leaf).absent() || PageAddr(m.stored(leaf).Load()) != addr {
+		if err == nil {
+			m.arena.put(page, false)
+		}
+		return errReverted
+	}
 	if err != nil {
 		return fmt.Errorf("load map leaf %d from page %v: %w", leaf, addr, err)
 	}
@@ -142,7 +151,7 @@ func (m *Map) readLeaf(ctx context.Context, r PageReader, leaf uint64, slots *[L
 		}
 		addr := PageAddr(m.stored(leaf).Load())
 		err := r.ReadPage(ctx, addr, heapBytes(slots))
-		if !m.entry(leaf).absent() {
+		if !m.entry(leaf).absent() || PageAddr(m.stored(leaf).Load()) != addr {
 			continue // loaded, and perhaps changed and stored elsewhere, meanwhile
 		}
 		if err != nil {
