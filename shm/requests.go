@@ -38,6 +38,9 @@ func (s *session) dispatch(m *message) (a answer, err error) {
 		a.body, err = s.list(n.Name)
 		return a, err
 	}
+	if n.Name, err = s.srv.cfg.FullName(n.Name); err != nil {
+		return a, refusef(wire.Invalid, "%w", err)
+	}
 	action := ActionUse
 	if m.Type == wire.Create {
 		action = ActionCreate
@@ -105,6 +108,7 @@ func (s *session) open(name string, readOnly bool) ([]byte, error) {
 	}
 	s.dev, s.readOnly = dev, readOnly
 	s.vol = s.srv.opened(name)
+	s.opened.Store(s.vol)
 	s.noticed = make(chan struct{})
 	s.unwatch = dev.Watch(func(block.Info) {
 		select {
@@ -149,6 +153,9 @@ func (s *session) snapshot(m *message) error {
 	r, err := wire.DecodeSnapshotRequest(m.body)
 	if err != nil {
 		return err
+	}
+	if r.Volume, err = s.srv.cfg.FullName(r.Volume); err != nil {
+		return refusef(wire.Invalid, "%w", err)
 	}
 	if err := s.srv.cfg.Allow(s.peer, ActionUse, r.Volume); err != nil {
 		return err

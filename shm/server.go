@@ -53,6 +53,9 @@ type Config struct {
 	Opener block.Opener
 	// Set has the workers that serve the rings; its owner closes it after the Server.
 	Set *worker.Set
+	// FullName makes POOL/VOLUME of whatever clients may call a volume by; nil:
+	// they say POOL/VOLUME. Everything else sees full names only.
+	FullName func(name string) (string, error)
 	// Allow decides who may do what with the volume called POOL/VOLUME; an error
 	// that wraps ErrDenied refuses. nil: root and this process's own user may do
 	// everything, nobody else anything. Any goroutine.
@@ -75,6 +78,9 @@ func (c *Config) setDefaults() {
 	}
 	if c.MemoryBytes == 0 {
 		c.MemoryBytes = DefaultMemoryBytes
+	}
+	if c.FullName == nil {
+		c.FullName = func(name string) (string, error) { return name, nil }
 	}
 	if c.Allow == nil {
 		c.Allow = func(who Peer, _ Action, volume string) error {
@@ -294,14 +300,28 @@ func (s *Server) ended(n *session, err error) {
 	}
 }
 
-// Forget drops the counters of a volume that is no more.
-func (s *Server) Forget(name string) {
+// Remove disconnects the users of a volume that is to be no more, waits until
+// none of them touches it, and forgets its counters.
+func (s *Server) Remove(name string) {
+	var users []*session
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if v := s.volumes[name]; v != nil && v.sessions == 0 {
-		delete(s.volumes, name)
+	for n := range s.sessions {
+		if v := n.opened.Load(); v != nil && v.name == name {
+			users = append(users, n)
+		}
+	}
+	delete(s.volumes, name)
+	s.mu.Unlock()
+	for _, n := range users {
+		n.fail(errRemoved)
+	}
+	for _, n := range users {
+		<-n.done
 	}
 }
+
+// errRemoved ends the sessions of a volume that is removed.
+var errRemoved = errors.New("the volume is removed")
 
 // Stats is a snapshot of one volume's counters.
 type Stats struct {

@@ -60,6 +60,7 @@ type session struct {
 
 	// Any goroutine.
 	leak    atomic.Bool            // memory must not be unmapped
+	opened  atomic.Pointer[volume] // vol
 	writing atomic.Pointer[string] // name of the volume that it has claimed or is about to
 	changed chan struct{}          // the open volume's size changed
 	dead    chan struct{}          // closed by fail

@@ -21,6 +21,7 @@ import (
 
 	"scoria/driver"
 	"scoria/driver/cache"
+	"scoria/shm"
 )
 
 // DefaultConfigFile is where scoriad looks for its configuration.
@@ -108,7 +109,7 @@ var (
 // `scoriad --print-config` writes.
 type Config struct {
 	DataDir string `toml:"data_dir" comment:"Volumes, registry and embedded store. One daemon per directory."`
-	RunDir  string `toml:"run_dir" comment:"Sockets: control.sock, nbd.sock, vhost/POOL/VOLUME.sock."`
+	RunDir  string `toml:"run_dir" comment:"Sockets: control.sock, nbd.sock, shm.sock, vhost/POOL/VOLUME.sock."`
 
 	Log         LogConfig         `toml:"log"`
 	Metrics     MetricsConfig     `toml:"metrics"`
@@ -117,6 +118,7 @@ type Config struct {
 	Cache       CacheConfig       `toml:"cache"`
 	Vhost       VhostConfig       `toml:"vhost"`
 	NBD         NBDConfig         `toml:"nbd"`
+	Shm         ShmConfig         `toml:"shm"`
 	Pool        PoolConfig        `toml:"pool"`
 }
 
@@ -179,6 +181,7 @@ func DefaultConfig() Config {
 		Cache:   CacheConfig{Local: 10 << 30, Read: 64 << 20, Reserve: 256 << 20},
 		Vhost:   VhostConfig{Poll: Duration(50 * time.Microsecond), PollShare: 1},
 		NBD:     NBDConfig{Enabled: true},
+		Shm:     ShmConfig{Enabled: true, Memory: shm.DefaultMemoryBytes, Connections: shm.DefaultMaxConnections, Access: []ShmAccess{}},
 		Pool:    PoolConfig{BlockSize: 512, SCOSize: driver.DefaultSCOBytes},
 	}
 }
@@ -240,6 +243,9 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("metrics.address %q: must be host:port, such as 127.0.0.1:9710", c.Metrics.Address)
 	}
 	if _, err := c.Sockets.gid(); err != nil {
+		return err
+	}
+	if err := c.Shm.validate(); err != nil {
 		return err
 	}
 	switch {
@@ -310,6 +316,8 @@ func (s *SocketsConfig) gid() (int, error) {
 }
 
 func (c *Config) controlSocket() string { return filepath.Join(c.RunDir, "control.sock") }
+
+func (c *Config) shmSocket() string { return filepath.Join(c.RunDir, "shm.sock") }
 
 func (c *Config) nbdSocket() string { return filepath.Join(c.RunDir, "nbd.sock") }
 

@@ -22,6 +22,7 @@ import (
 	"scoria/driver/dirstore"
 	"scoria/driver/nbd"
 	"scoria/driver/registry"
+	"scoria/shm"
 )
 
 // attachmentsGrace is how long after a start the attachments of the last run
@@ -277,7 +278,18 @@ func (h *Host) serve(ctx context.Context) error {
 		}
 		nbdServer = nf.server
 	}
-	metrics := metricsHandler(newCollector(h.volumes, h.version, h.id.ID), newLimitCollector(h.volumes), newFrontCollector(workers, vf, nbdServer))
+	var shmServer *shm.Server
+	if h.config.Shm.Enabled {
+		sf, err := newShmFront(&h.config, socks, workers, h.volumes, h.log)
+		if err != nil {
+			return err
+		}
+		if err := h.volumes.Serve(ctx, sf); err != nil {
+			return err
+		}
+		shmServer = sf.server
+	}
+	metrics := metricsHandler(newCollector(h.volumes, h.version, h.id.ID), newLimitCollector(h.volumes), newFrontCollector(workers, vf, nbdServer, shmServer))
 	if err := h.serveMetrics(metrics); err != nil {
 		return err
 	}

@@ -22,6 +22,11 @@ type sockets struct {
 // listen makes the socket at path with mode and group. It appears there at once
 // with both, and in place of one that a dead daemon left.
 func (s *sockets) listen(path string) (*net.UnixListener, error) {
+	return s.listenAs("unix", path, s.mode)
+}
+
+// listenAs does the same for a network of package net and a mode of its own.
+func (s *sockets) listenAs(network, path string, mode fs.FileMode) (*net.UnixListener, error) {
 	if len(path) > maxSocketPath {
 		return nil, fmt.Errorf("socket %s: path of %d characters: must be at most %d", path, len(path), maxSocketPath)
 	}
@@ -32,12 +37,12 @@ func (s *sockets) listen(path string) (*net.UnixListener, error) {
 	if err := os.Remove(tmp); err != nil && !os.IsNotExist(err) {
 		return nil, fmt.Errorf("socket %s: %w", path, err)
 	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
+	l, err := net.ListenUnix(network, &net.UnixAddr{Name: tmp, Net: network})
 	if err != nil {
 		return nil, fmt.Errorf("socket %s: %w", path, err)
 	}
 	l.SetUnlinkOnClose(false)
-	err = os.Chmod(tmp, s.mode)
+	err = os.Chmod(tmp, mode)
 	if err == nil {
 		err = os.Chown(tmp, -1, s.gid)
 	}
