@@ -118,11 +118,13 @@ type OpStats struct {
 
 // Space splits what a volume occupies, in bytes.
 type Space struct {
-	Live     uint64 `json:"live"`     // mapped clusters
-	Garbage  uint64 `json:"garbage"`  // overwritten or discarded clusters still in SCOs
-	Overhead uint64 `json:"overhead"` // headers, footers, checkpoints
-	Local    uint64 `json:"local"`    // on the local disk, caches included
-	Store    uint64 `json:"store"`    // in the store
+	Live      uint64 `json:"live"`      // mapped clusters, those in ancestors included
+	Inherited uint64 `json:"inherited"` // of these, what lies in ancestors of a clone
+	Snapshots uint64 `json:"snapshots"` // clusters that only snapshots need
+	Garbage   uint64 `json:"garbage"`   // clusters that nothing needs, still in SCOs
+	Overhead  uint64 `json:"overhead"`  // headers, footers, checkpoints
+	Local     uint64 `json:"local"`     // on the local disk, caches included
+	Store     uint64 `json:"store"`     // in the store
 }
 
 // CheckReport is what Volume.Check found.

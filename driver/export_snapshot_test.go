@@ -77,11 +77,11 @@ func (v *Volume) Reached(ctx context.Context) (scos map[uint64]int, objects map[
 }
 
 // ReachedAlone walks all maps: how many clusters of the volume's own each snapshot
-// reaches and no other map does.
-func (v *Volume) ReachedAlone(ctx context.Context) (map[uuid.UUID]uint64, error) {
+// reaches and no other map does, and how many only snapshots reach.
+func (v *Volume) ReachedAlone(ctx context.Context) (alone map[uuid.UUID]uint64, notLive uint64, err error) {
 	by := map[lba.Location]map[uuid.UUID]bool{}
 	first := v.ckpt.beginning()
-	err := v.maps(ctx, func(id uuid.UUID, m *lba.Map) error {
+	err = v.maps(ctx, func(id uuid.UUID, m *lba.Map) error {
 		return m.Walk(ctx, v.ckpt, 0, m.Clusters(), func(_ uint64, loc lba.Location) bool {
 			if loc.SCO() > first.SCO {
 				if by[loc] == nil {
@@ -92,15 +92,18 @@ func (v *Volume) ReachedAlone(ctx context.Context) (map[uuid.UUID]uint64, error)
 			return true
 		})
 	})
-	alone := map[uuid.UUID]uint64{}
+	alone = map[uuid.UUID]uint64{}
 	for _, ids := range by {
+		if !ids[uuid.Nil] {
+			notLive++
+		}
 		if len(ids) == 1 {
 			for id := range ids {
 				alone[id]++
 			}
 		}
 	}
-	return alone, err
+	return alone, notLive, err
 }
 
 // Held is the SCOs that take space.

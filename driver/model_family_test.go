@@ -225,7 +225,7 @@ func (f *family) close() {
 // clones, with restarts, kills and losses of power in between, give the answers of
 // flat models.
 func TestP2Family(t *testing.T) {
-	forSeeds(t, raced(10, 3), func(t *testing.T, rng *rand.Rand) {
+	forSeeds(t, raced(6, 2), func(t *testing.T, rng *rand.Rand) {
 		f := newFamily(t, rng)
 		for range 600 {
 			if err := f.step(); err != nil {
@@ -250,13 +250,24 @@ func TestP2Family(t *testing.T) {
 		}
 		f.check()
 		f.close()
+		// P10: the store has it all.
+		for _, name := range []string{"data/volumes", "run"} {
+			if err := f.worlds[0].fs.RemoveAll(name); err != nil {
+				t.Fatal(err)
+			}
+		}
+		f.note("the local disk is lost")
+		f.goOn(f.worlds[0].fs, true)
+		f.verify((*world).verifyAll)
+		f.check()
+		f.close()
 	})
 }
 
 // TestP2FamilyCrashAtEveryStep: the power goes between any two calls to the disk,
 // while volumes are snapshot, cloned and deleted.
 func TestP2FamilyCrashAtEveryStep(t *testing.T) {
-	forSeeds(t, raced(16, 4), func(t *testing.T, rng *rand.Rand) {
+	forSeeds(t, raced(10, 3), func(t *testing.T, rng *rand.Rand) {
 		f := newFamily(t, rng)
 		for range 12 {
 			countdown := 1 + rng.IntN(200)

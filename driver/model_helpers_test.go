@@ -4,7 +4,13 @@ import (
 	"sync"
 
 	"scoria/alba/vfs"
+	"scoria/driver/block"
 )
+
+// readOf reads one cluster into p.
+func readOf(c uint64, p []byte) *block.Request {
+	return &block.Request{Op: block.OpRead, Offset: c * cluster, Length: uint64(len(p)), Segments: [][]byte{p}}
+}
 
 type counter struct {
 	mu sync.Mutex

@@ -361,9 +361,12 @@ func (w *world) verifyAlone(ctx context.Context) {
 	if err != nil {
 		w.t.Fatalf("%s: %v", w.where(), err)
 	}
-	want, err := w.vol.ReachedAlone(ctx)
+	want, notLive, err := w.vol.ReachedAlone(ctx)
 	if err != nil {
 		w.t.Fatalf("%s: %v", w.where(), err)
+	}
+	if space := w.vol.Stats().Space; space.Snapshots != notLive*cluster {
+		w.t.Fatalf("%s: snapshots hold %d clusters, %d are said", w.where(), notLive, space.Snapshots/cluster)
 	}
 	for _, s := range w.shots {
 		if got[s.ID] != want[s.ID]*cluster {

@@ -33,10 +33,13 @@ func (v *Volume) Stats() Stats {
 	s.Space.Live = mapped * block.ClusterSize
 	v.metaMu.Lock()
 	defer v.metaMu.Unlock()
-	var clusters, sealedLive uint64
+	var clusters, reached uint64
 	for _, m := range v.scos {
+		live := uint64(max(v.live.at(m.number).Load(), 0))
+		pin := max(uint64(v.pins[m.number]), live)
 		clusters += uint64(m.clusters)
-		sealedLive += uint64(max(v.live.at(m.number).Load(), 0))
+		reached += pin
+		s.Space.Snapshots += (pin - live) * block.ClusterSize
 		s.Space.Overhead += uint64(m.size) - uint64(m.clusters)*block.ClusterSize
 		if m.local {
 			s.Space.Local += uint64(m.size)
@@ -47,7 +50,8 @@ func (v *Volume) Stats() Stats {
 			s.UploadBacklog += uint64(m.size)
 		}
 	}
-	s.Space.Garbage = (clusters - min(clusters, sealedLive)) * block.ClusterSize
+	s.Space.Garbage = (clusters - min(clusters, reached)) * block.ClusterSize
+	s.Space.Inherited = v.inherited() * block.ClusterSize
 	for _, l := range v.unsealed {
 		_, c := unpack(l.head.Load())
 		s.LogHeadBytes += uint64(c) * block.ClusterSize

@@ -18,7 +18,7 @@ import (
 //	n, then n SCOs                                            u32
 //	  number u64, size i64, CRC table offset i64, clusters u32, records u32,
 //	  live u32, flags u32 (1: it was sealed, the other fields count),
-//	  pinned u32, generation u32
+//	  pinned u32, zero u32
 //	n, then n ancestors, oldest first                         u32
 //	  volume 16, snapshot 16, last SCO u64, last page object u32, zero u32
 //	n, then n runs of page objects that snapshots refer to    u32
@@ -27,7 +27,7 @@ import (
 //	  sequence behind which u64, sequence before which u64
 //	n, then n bytes: the snapshot that this root is, as JSON; none: 0
 //
-// Version 1 ends behind the SCOs, which lack pinned and generation.
+// Version 1 ends behind the SCOs, which lack the last two words.
 const (
 	tableVersion = 2
 	tableSealed  = 1
