@@ -43,11 +43,12 @@ type checkpoints struct {
 	work context.Context
 	stop context.CancelFunc
 
-	mu       sync.Mutex // one checkpoint or publication at a time; before gate
-	sequence uint64
-	object   uint32 // last page object number, never used again even if it failed
-	pos      position
-	inStore  map[uint32]bool
+	mu         sync.Mutex // one checkpoint or publication at a time; before gate
+	rootStored bool       // the root that was restored is in the store
+	sequence   uint64
+	object     uint32 // last page object number, never used again even if it failed
+	pos        position
+	inStore    map[uint32]bool
 	// pending is the root that goes to the store next, newest the latest one if
 	// that is another: a pending root is never replaced, or a log that grows faster
 	// than it is uploaded would never get a root into the store.
@@ -105,7 +106,10 @@ func (c *checkpoints) ReadPage(ctx context.Context, addr lba.PageAddr, page []by
 		return err
 	}
 	c.v.stats.checksumErrors.Add(1)
-	if c.stored.ReadPage(ctx, addr, page) != nil {
+	if serr := c.stored.ReadPage(ctx, addr, page); serr != nil {
+		if failed := (*storeError)(nil); errors.As(serr, &failed) || ctx.Err() != nil {
+			return serr // it may be sound there
+		}
 		c.v.raise("corrupt-data", "a page of the map fails its checksum (%v): what it maps can't be read; run scoria volume check %s", err, c.v.cfg.Name)
 		return err
 	}
@@ -154,26 +158,44 @@ type storeObject struct {
 
 func (s storeObject) ReadAt(p []byte, off int64) (int, error) {
 	s.v.stats.storeRead.Add(uint64(len(p)))
-	if err := s.v.cfg.Store.ReadAt(s.ctx, s.v.namespace(), s.n, p, off); err != nil {
+	err := askStore(s.ctx, func(ctx context.Context) error {
+		return s.v.cfg.Store.ReadAt(ctx, s.v.namespace(), s.n, p, off)
+	})
+	if err != nil {
 		return 0, err
 	}
 	return len(p), nil
 }
 
+// WithContext implements lba.ContextReader.
+func (s storeObject) WithContext(ctx context.Context) io.ReaderAt {
+	s.ctx = ctx
+	return s
+}
+
+// storeSize is the size of an object in the store.
+func (v *Volume) storeSize(ctx context.Context, name string) (size int64, err error) {
+	err = askStore(ctx, func(ctx context.Context) (err error) {
+		size, err = v.cfg.Store.Size(ctx, v.namespace(), name)
+		return err
+	})
+	return size, err
+}
+
 func (c *checkpoints) openStoredPages(ctx context.Context, object uint32) (io.ReaderAt, int64, error) {
-	size, err := c.v.cfg.Store.Size(ctx, c.v.namespace(), pagesName(object))
+	size, err := c.v.storeSize(ctx, pagesName(object))
 	if err != nil {
 		return nil, 0, err
 	}
-	return storeObject{c.v.ctx, c.v, pagesName(object)}, size, nil
+	return storeObject{ctx, c.v, pagesName(object)}, size, nil
 }
 
-func (c *checkpoints) openPages(_ context.Context, object uint32) (io.ReaderAt, int64, error) {
-	return c.v.openMapObject(pagesName(object))
+func (c *checkpoints) openPages(ctx context.Context, object uint32) (io.ReaderAt, int64, error) {
+	return c.v.openMapObject(ctx, pagesName(object))
 }
 
 // openMapObject finds a root or page object, on the local disk if it is there.
-func (v *Volume) openMapObject(name string) (io.ReaderAt, int64, error) {
+func (v *Volume) openMapObject(ctx context.Context, name string) (io.ReaderAt, int64, error) {
 	info, err := v.eng.cfg.FS.Stat(v.mapPath(name))
 	if err == nil {
 		return localFile{v.eng.cfg.FS, v.mapPath(name)}, info.Size(), nil
@@ -181,20 +203,19 @@ func (v *Volume) openMapObject(name string) (io.ReaderAt, int64, error) {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return nil, 0, err
 	}
-	size, err := v.cfg.Store.Size(v.ctx, v.namespace(), name)
+	size, err := v.storeSize(ctx, name)
 	if err != nil {
 		return nil, 0, fmt.Errorf("%s: %w", name, err)
 	}
-	return storeObject{v.ctx, v, name}, size, nil
+	return storeObject{ctx, v, name}, size, nil
 }
 
-// checkpoint writes the map as of now. With final it also forgets the empty
-// head, so that the next opening finds nothing to replay.
-func (v *Volume) checkpoint(ctx context.Context, final bool) error {
+// checkpoint writes the map as of now, if anything was logged since the last one.
+func (v *Volume) checkpoint(ctx context.Context) error {
 	c := v.ckpt
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.take(ctx, nil, final)
+	return c.take(ctx, nil, false)
 }
 
 // take writes a checkpoint, which becomes the snapshot snap if that is not nil.
@@ -210,7 +231,7 @@ func (c *checkpoints) take(ctx context.Context, snap *Snapshot, force bool) erro
 		return errNoRoom
 	}
 	pos := position{v.cur.prev, v.cur.prevRecords}
-	if pos == c.pos && c.sequence > 0 && !force && !c.overdue {
+	if pos == c.pos && (c.sequence > 0 || pos == position{}) && !force && !c.overdue {
 		v.gate.Unlock()
 		return nil
 	}

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"context"
 	"runtime/debug"
 
 	"scoria/driver/block"
@@ -65,7 +66,12 @@ func (v *Volume) clearPart(r *block.Request, off, end uint64) error {
 		return nil
 	}
 	cluster := off / block.ClusterSize
-	if loc, err := v.locate(cluster); err != nil || loc == 0 {
+	var loc lba.Location
+	err := v.patiently(v.forRequest(r.Owner), func(ctx context.Context) (err error) {
+		loc, err = v.locateOn(ctx, v.m, cluster)
+		return err
+	})
+	if err != nil || loc == 0 {
 		return err
 	}
 	return v.mergeCluster(r, cluster, int(off%block.ClusterSize), make([]byte, end-off))
@@ -77,7 +83,7 @@ func (v *Volume) clearClusters(r *block.Request, first, n uint64) error {
 		if err := v.writable(); err != nil {
 			return err
 		}
-		if err := v.m.Load(v.ctx, v.ckpt, first, n); err != nil {
+		if err := v.loadPatiently(v.forRequest(r.Owner), v.m, first, n); err != nil {
 			return err
 		}
 		room := v.eng.pool.roomChan()

@@ -47,7 +47,7 @@
 //	house → checkMu → checkpoints.mu → ioMu → gate → extendMu → metaMu → pool.mu
 //	                    rmw → gate → io.mu
 //
-// fileCache.mu, crcCache.mu, liveTable.mu, parked.mu, conds.mu, claims.mu, users.mu are
+// fileCache.mu, crcCache.mu, liveTable.mu, parked.mu, storeWaits.mu, conds.mu, claims.mu, users.mu are
 // leaves. Nothing waits for a disk, a store or the pool while it holds gate.
 //
 // # Goroutines
@@ -63,7 +63,8 @@
 // whoever is inside without a request (users) and for requests, and only then
 // writes the last checkpoint: nothing else writes to the log by then.
 //
-// A full disk pauses (P8). A failed sync is final for the volume: flushes and
-// writes fail until the daemon is restarted, because nobody can say what the
-// disk kept. A store that refuses our epoch ends the volume's service (P4).
+// A full disk pauses (P8), and so does a store that does not answer
+// (storewait.go). A failed sync is final for the volume: flushes and writes fail
+// until the daemon is restarted, because nobody can say what the disk kept. A
+// store that refuses our epoch ends the volume's service (P4).
 package driver

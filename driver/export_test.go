@@ -33,7 +33,7 @@ func (e *Engine) Abandon() {
 	}
 }
 
-func (v *Volume) Checkpoint(ctx context.Context) error { return v.checkpoint(ctx, false) }
+func (v *Volume) Checkpoint(ctx context.Context) error { return v.checkpoint(ctx) }
 
 func (v *Volume) Publish(ctx context.Context) (bool, error) { return v.publish(ctx) }
 

@@ -53,6 +53,10 @@ func (v *Volume) findSCO(ctx context.Context, n uint64, inv *inventory) (*replay
 		}
 	}
 	if inv.uploaded[n] { // sealed once, whatever the local file looks like now
+		if inv.local[n] {
+			v.log.Warn().Uint64("sco", n).Msg("local copy is damaged; using the store's")
+			v.stats.checksumErrors.Add(1)
+		}
 		return v.loadFromStore(ctx, n)
 	}
 	if inv.local[n] {

@@ -136,7 +136,7 @@ func (v *Volume) checkpointDue(idle time.Duration) (due, must bool) {
 
 // checkpointNow reports whether it could.
 func (v *Volume) checkpointNow(ctx context.Context) bool {
-	switch err := v.checkpoint(ctx, false); {
+	switch err := v.checkpoint(ctx); {
 	case err == nil:
 		v.settle("checkpoint-failed")
 		return true

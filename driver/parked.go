@@ -91,6 +91,23 @@ func (v *Volume) writeLater(r *block.Request, done uint32) {
 		go v.writePartial(r)
 		return
 	}
+	first, n := r.Offset/block.ClusterSize, r.Length/block.ClusterSize
+	if done == 0 && !v.resident(first, n) {
+		// Reading the map may take long; nobody queues up behind that.
+		go func() {
+			if err := v.loadPatiently(v.forRequest(r.Owner), v.m, first, n); err != nil {
+				v.end(r, err)
+				return
+			}
+			v.park(r, done)
+		}()
+		return
+	}
+	v.park(r, done)
+}
+
+// park lets a write of whole clusters wait for its turn.
+func (v *Volume) park(r *block.Request, done uint32) {
 	if v.parked.push(&parkedWrite{r: r, done: done, since: time.Now()}) && !v.spawn(v.admit) {
 		// It came while the volume was being closed.
 		for p := v.parked.pop(); p != nil; p = v.parked.pop() {
@@ -173,7 +190,7 @@ func (v *Volume) writeWhole(p *parkedWrite) error {
 	first := p.r.Offset / block.ClusterSize
 	n := uint32(p.r.Length / block.ClusterSize)
 	if !v.resident(first, uint64(n)) {
-		if err := v.m.Load(v.ctx, v.ckpt, first, uint64(n)); err != nil {
+		if err := v.loadPatiently(v.forRequest(p.r.Owner), v.m, first, uint64(n)); err != nil {
 			return err
 		}
 	}

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"context"
 	"runtime/debug"
 
 	"scoria/driver/block"
@@ -32,6 +33,12 @@ func (v *Volume) writePartial(r *block.Request) {
 
 // mergeCluster replaces part of one cluster, for request r.
 func (v *Volume) mergeCluster(r *block.Request, cluster uint64, off int, piece []byte) error {
+	return v.patiently(v.forRequest(r.Owner), func(ctx context.Context) error {
+		return v.tryMerge(ctx, r, cluster, off, piece)
+	})
+}
+
+func (v *Volume) tryMerge(ctx context.Context, r *block.Request, cluster uint64, off int, piece []byte) error {
 	mu := &v.rmw[cluster%uint64(len(v.rmw))]
 	mu.Lock()
 	defer mu.Unlock()
@@ -40,14 +47,14 @@ func (v *Volume) mergeCluster(r *block.Request, cluster uint64, off int, piece [
 		if err := v.writable(); err != nil {
 			return err
 		}
-		loc, err := v.locate(cluster)
+		loc, err := v.locateOn(ctx, v.m, cluster)
 		if err != nil {
 			return err
 		}
 		if loc == 0 {
 			clear(buf)
-		} else if err := v.readCluster(v.ctx, loc, buf); err != nil {
-			if now, lerr := v.locate(cluster); lerr == nil && now != loc {
+		} else if err := v.readCluster(ctx, loc, buf); err != nil {
+			if now, lerr := v.locateOn(ctx, v.m, cluster); lerr == nil && now != loc {
 				continue // it moved, and its SCO is gone
 			}
 			return err

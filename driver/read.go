@@ -128,19 +128,23 @@ func (v *Volume) readInline(r *block.Request, loc lba.Location) (ok bool, err er
 	return true, nil
 }
 
-// locate is Get for goroutines that may read map pages.
-func (v *Volume) locate(cluster uint64) (lba.Location, error) { return v.locateOn(v.ctx, v.m, cluster) }
-
 // locateOn looks a cluster up in the volume's map or in a snapshot's.
 func (v *Volume) locateOn(ctx context.Context, m *lba.Map, cluster uint64) (lba.Location, error) {
 	for {
 		if loc, ok := m.Get(cluster); ok {
 			return loc, nil
 		}
-		if err := m.Load(ctx, v.ckpt, cluster, 1); err != nil {
+		if err := v.load(ctx, m, cluster, 1); err != nil {
 			return 0, err
 		}
 	}
+}
+
+// load makes the map know about clusters.
+func (v *Volume) load(ctx context.Context, m *lba.Map, first, n uint64) error {
+	ctx, leave := interruptible(ctx)
+	defer leave()
+	return interrupted(ctx, m.Load(ctx, v.ckpt, first, n))
 }
 
 var bufferPool = sync.Pool{New: func() any { return new([maxRunClusters * block.ClusterSize]byte) }}
@@ -165,6 +169,7 @@ func (v *Volume) readSlowly(m *lba.Map, seq *seqReader, r *block.Request) (err e
 	buf := bufferPool.Get().(*[maxRunClusters * block.ClusterSize]byte)
 	defer bufferPool.Put(buf)
 	dst := segments{list: r.Segments}
+	ctx := v.forRequest(r.Owner)
 	sequential := seq.saw(r.Offset, r.Length)
 	for pos, end := r.Offset, r.Offset+r.Length; pos < end; {
 		cluster := pos / block.ClusterSize
@@ -173,7 +178,11 @@ func (v *Volume) readSlowly(m *lba.Map, seq *seqReader, r *block.Request) (err e
 		if sequential {
 			want = maxRunClusters // what comes along stays in the read cache
 		}
-		got, err := v.readRun(m, cluster, uint32(want), buf[:])
+		var got uint32
+		err := v.patiently(ctx, func(ctx context.Context) (err error) {
+			got, err = v.readRun(ctx, m, cluster, uint32(want), buf[:])
+			return err
+		})
 		if err != nil {
 			return fmt.Errorf("read %d bytes at %d: %w", r.Length, r.Offset, err)
 		}
@@ -186,9 +195,9 @@ func (v *Volume) readSlowly(m *lba.Map, seq *seqReader, r *block.Request) (err e
 
 // readRun reads up to n consecutive clusters from cluster on that can be read
 // with one access, and returns how many.
-func (v *Volume) readRun(m *lba.Map, cluster uint64, n uint32, buf []byte) (got uint32, err error) {
+func (v *Volume) readRun(ctx context.Context, m *lba.Map, cluster uint64, n uint32, buf []byte) (got uint32, err error) {
 	for try := 0; ; try++ {
-		loc, err := v.locateOn(v.ctx, m, cluster)
+		loc, err := v.locateOn(ctx, m, cluster)
 		if err != nil {
 			return 0, err
 		}
@@ -196,12 +205,12 @@ func (v *Volume) readRun(m *lba.Map, cluster uint64, n uint32, buf []byte) (got 
 			clear(buf[:block.ClusterSize])
 			return 1, nil
 		}
-		got, err = v.readAt(v.ctx, loc, runLength(m, cluster, loc, n), buf)
+		got, err = v.readAt(ctx, loc, runLength(m, cluster, loc, n), buf)
 		if err == nil {
 			return got, nil
 		}
 		// The cluster may have moved and its SCO gone since we looked.
-		if now, lerr := v.locateOn(v.ctx, m, cluster); lerr != nil || now == loc || try > 100 {
+		if now, lerr := v.locateOn(ctx, m, cluster); lerr != nil || now == loc || try > 100 {
 			return 0, err
 		}
 	}

@@ -192,6 +192,7 @@ func (v *Volume) restoreCheckpoint(ctx context.Context, inv *inventory) error {
 			return err
 		}
 	}
+	v.republish(root, blob)
 	// What the position covers and the table does not name was dead, and its
 	// deletion did not finish.
 	for n := range inv.local {
@@ -216,6 +217,24 @@ func (v *Volume) restoreCheckpoint(ctx context.Context, inv *inventory) error {
 		}
 	}
 	return nil
+}
+
+// republish lets the root go to the store if it is not there: one that was written
+// at a clean stop, or just before the daemon died.
+func (v *Volume) republish(root *lba.Root, blob *rootBlob) {
+	c := v.ckpt
+	if c.rootStored || root.Sequence != c.sequence {
+		return
+	}
+	p := &publication{sequence: root.Sequence, pos: c.pos, objects: c.own(v.m.Objects())}
+	for i := range blob.scos {
+		if e := &blob.scos[i]; e.sealed && e.live == 0 && e.pinned == 0 {
+			p.dead = append(p.dead, e.number)
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.enqueue(p)
 }
 
 // restoreSCO makes a SCO of the table known. One that was not sealed at the time
@@ -306,7 +325,11 @@ func (v *Volume) findRoot(ctx context.Context, found *foundSnaps) (*lba.Root, er
 	for _, n := range roots {
 		root, err := v.readRoot(n)
 		if err == nil {
+			v.ckpt.rootStored = slices.Contains(stored, n)
 			return root, nil
+		}
+		if failed := (*storeError)(nil); errors.As(err, &failed) {
+			return nil, err // it may be sound; an older one would lose what came after
 		}
 		v.log.Error().Err(err).Str("root", n).Msg("checkpoint root is not readable; trying the one before")
 		v.checksumTrouble(err)
@@ -325,7 +348,7 @@ func (v *Volume) checksumTrouble(err error) {
 
 // readRoot reads a root from the local disk or, if that one is damaged, the store.
 func (v *Volume) readRoot(name string) (*lba.Root, error) {
-	r, size, err := v.openMapObject(name)
+	r, size, err := v.openMapObject(v.ctx, name)
 	if err != nil {
 		return nil, err
 	}

@@ -42,7 +42,9 @@ func (v *Volume) readSealed(ctx context.Context, loc lba.Location, n uint32, buf
 	err := v.readVerified(number, first, p, func(b []byte, off int64) error {
 		v.stats.storeRead.Add(uint64(len(b)))
 		defer v.stats.stages[StageStore].since(time.Now())
-		return v.cfg.Store.ReadAt(ctx, v.namespace(), scoObject(number), b, off)
+		return askStore(ctx, func(ctx context.Context) error {
+			return v.cfg.Store.ReadAt(ctx, v.namespace(), scoObject(number), b, off)
+		})
 	}, m)
 	if err == nil {
 		v.keep(loc, p)

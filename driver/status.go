@@ -40,7 +40,7 @@ func (v *Volume) blockStatus(ctx context.Context, m *lba.Map, size, off, length 
 				return fmt.Errorf("map page of cluster %d: %w", first+uint64(n), errNotLoaded)
 			}
 			tried = true
-			if err := m.Load(ctx, v.ckpt, first+uint64(n), 1); err != nil {
+			if err := v.loadPatiently(ctx, m, first+uint64(n), 1); err != nil {
 				return err
 			}
 		}

@@ -109,8 +109,8 @@ func (w *View) Close() error {
 // Info implements block.Device.
 func (w *View) Info() block.Info { return w.info }
 
-// Cancel implements block.Device: reads don't wait for room.
-func (w *View) Cancel(any) {}
+// Cancel implements block.Device: reads wait for nothing but the store.
+func (w *View) Cancel(owner any) { w.v.storeWaits.cancel(owner) }
 
 // Claim implements block.Device: nobody can write.
 func (w *View) Claim(block.Claimant) (func(), error) { return nil, block.ErrReadOnly }

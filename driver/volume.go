@@ -62,15 +62,16 @@ type Volume struct {
 	inheritedAtStart int64               // clusters in ancestors, in the root that recovery began with
 	clones           users               // open clones
 
-	parked   parkedQueue
-	waiting  waitingSet
-	resizeMu sync.Mutex     // one change of size at a time; before house
-	rmw      [64]sync.Mutex // sub-cluster writes, by cluster number
-	claims   claims
-	watches  watches
-	conds    conditions
-	stats    counters
-	seq      seqReader
+	parked     parkedQueue
+	waiting    waitingSet
+	resizeMu   sync.Mutex     // one change of size at a time; before house
+	rmw        [64]sync.Mutex // sub-cluster writes, by cluster number
+	claims     claims
+	watches    watches
+	conds      conditions
+	stats      counters
+	seq        seqReader
+	storeWaits storeWaits
 
 	users      users          // who is inside without a request
 	background sync.WaitGroup // goroutines of this volume
@@ -212,6 +213,7 @@ func (v *Volume) Cancel(owner any) {
 		v.end(p.r, block.ErrCanceled)
 	}
 	v.waiting.cancel(owner)
+	v.storeWaits.cancel(owner)
 	v.cancelFlushes(owner)
 }
 
@@ -273,7 +275,7 @@ func (v *Volume) Close(ctx context.Context) error {
 // lastCheckpoint waits, if it must, until the oldest SCOs are sealed.
 func (v *Volume) lastCheckpoint(ctx context.Context) error {
 	for {
-		err := v.checkpoint(ctx, true)
+		err := v.checkpoint(ctx)
 		if !errors.Is(err, errNoRoom) {
 			return err
 		}

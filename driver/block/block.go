@@ -14,8 +14,9 @@
 // once for data, survives a fault on it (the request then ends with ErrFault),
 // and a front end must not unmap it before the request has ended.
 //
-// Requests that wait for room (back-pressure) end early with ErrCanceled when
-// their owner calls Cancel; all others end by themselves in bounded time.
+// Requests that wait for room or for a backend that does not answer
+// (back-pressure) end early with ErrCanceled when their owner calls Cancel; all
+// others end by themselves in bounded time.
 //
 // Durability: a completed write survives the death of the daemon. A flush that
 // completes makes every write that had completed before the flush was submitted
@@ -92,7 +93,7 @@ var (
 	// ErrFault: memory that a segment points to is gone (a peer shrank its
 	// memfd). The front end disconnects the peer.
 	ErrFault = errors.New("request memory is not accessible")
-	// ErrCanceled: the request waited for room and its owner gave up.
+	// ErrCanceled: the request waited for room or a backend, and its owner gave up.
 	ErrCanceled = errors.New("request canceled")
 	// ErrClosed: the device was closed or its ownership moved away.
 	ErrClosed = errors.New("volume is closed")
@@ -156,7 +157,8 @@ type Device interface {
 	// goroutine; several may submit at once.
 	Submit(batch []*Request)
 
-	// Cancel ends with ErrCanceled every request of owner that waits for room.
+	// Cancel ends with ErrCanceled every request of owner that waits for room or
+	// for a backend.
 	// It returns at once; requests that are being carried out end normally.
 	Cancel(owner any)
 

@@ -28,10 +28,23 @@ type openObject struct {
 	r io.ReaderAt
 }
 
+// ContextReader is an io.ReaderAt that can be bound to the context of one call.
+type ContextReader interface {
+	WithContext(ctx context.Context) io.ReaderAt
+}
+
+// bound is r for one call.
+func bound(ctx context.Context, r io.ReaderAt) io.ReaderAt {
+	if c, ok := r.(ContextReader); ok {
+		return c.WithContext(ctx)
+	}
+	return r
+}
+
 // NewObjectReader returns a reader of the volume's page objects. open returns
 // something that reads the object, and the object's size. It may be called from
-// several goroutines at once. What it returned is used for further pages until
-// Forget or until a read from it fails; then open is called again.
+// several goroutines at once. What it returned, bound to the context of the call if
+// it is a ContextReader, is used for further pages until Forget or until a read from it fails; then open is called again.
 func NewObjectReader(volume uuid.UUID, open func(ctx context.Context, object uint32) (r io.ReaderAt, size int64, err error)) *ObjectReader {
 	return &ObjectReader{volume: volume, open: open, objects: make(map[uint32]*openObject)}
 }
@@ -45,7 +58,7 @@ func (o *ObjectReader) ReadPage(ctx context.Context, addr PageAddr, page []byte)
 	if err != nil {
 		return err
 	}
-	if err = object.ReadPage(object.r, addr.Page(), page); err == nil {
+	if err = object.ReadPage(bound(ctx, object.r), addr.Page(), page); err == nil {
 		return nil
 	}
 	o.drop(addr.Object(), object)
@@ -58,7 +71,7 @@ func (o *ObjectReader) ReadPage(ctx context.Context, addr PageAddr, page []byte)
 	if openErr != nil {
 		return errors.Join(err, openErr)
 	}
-	if err = again.ReadPage(again.r, addr.Page(), page); err != nil {
+	if err = again.ReadPage(bound(ctx, again.r), addr.Page(), page); err != nil {
 		o.drop(addr.Object(), again)
 	}
 	return err
@@ -76,7 +89,7 @@ func (o *ObjectReader) object(ctx context.Context, number uint32) (*openObject, 
 	if err != nil {
 		return nil, false, err
 	}
-	header, err := OpenPageObject(r, size, o.volume, number)
+	header, err := OpenPageObject(bound(ctx, r), size, o.volume, number)
 	if err != nil {
 		return nil, false, err
 	}

@@ -174,35 +174,13 @@ func (d *Disk) syncDirs(reqs []*applyReq) error {
 	return nil
 }
 
-// check evaluates the asserts, and the raises, which are asserts as well. Epochs
-// come first: a stale owner learns that it is, whatever else does not hold.
+// check evaluates the asserts, and the raises, which are asserts as well.
 func (g *group) check(req *applyReq) error {
 	for i := range req.asserts {
-		if a := &req.asserts[i]; a.Kind == asd.KindAssertEpoch {
-			known, err := g.epoch(a.Key)
-			if err != nil {
-				return err
-			}
-			if known > a.Epoch {
-				return &asd.StaleEpochError{Namespace: a.Key, Epoch: a.Epoch, Known: known}
-			}
+		if err := g.assert(i, &req.asserts[i]); err != nil {
+			return err
 		}
 	}
-	if err := g.checkRaises(req); err != nil {
-		return err
-	}
-	for i := range req.asserts {
-		if a := &req.asserts[i]; a.Kind != asd.KindAssertEpoch {
-			if err := g.assert(i, a); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// checkRaises: each raise must hold after the ones before it.
-func (g *group) checkRaises(req *applyReq) error {
 	var raised map[string]uint64
 	for i := range req.ops {
 		o := &req.ops[i]
@@ -227,8 +205,14 @@ func (g *group) checkRaises(req *applyReq) error {
 	return nil
 }
 
-// assert evaluates an assert about a key.
 func (g *group) assert(i int, a *asd.Assert) error {
+	if a.Kind == asd.KindAssertEpoch {
+		known, err := g.epoch(a.Key)
+		if err == nil && known > a.Epoch {
+			err = &asd.StaleEpochError{Namespace: a.Key, Epoch: a.Epoch, Known: known}
+		}
+		return err
+	}
 	rec, err := g.record(a.Key)
 	if err != nil {
 		return err
@@ -256,10 +240,10 @@ func (g *group) assert(i int, a *asd.Assert) error {
 			reason = "it has another value"
 		}
 	}
-	if reason == "" {
-		return nil
+	if reason != "" {
+		return &asd.AssertError{Index: i, Assert: asd.Assert{Kind: a.Kind, Key: a.Key, Size: a.Size, Sum: a.Sum}, Reason: reason}
 	}
-	return &asd.AssertError{Index: i, Assert: asd.Assert{Kind: a.Kind, Key: a.Key, Size: a.Size, Sum: a.Sum}, Reason: reason}
+	return nil
 }
 
 // record returns a key's record as of now, with memory of its own; nil if there
