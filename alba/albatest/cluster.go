@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -24,6 +25,44 @@ type Disk struct {
 	ID     string
 	Model  *asdtest.Model
 	Faulty *asdtest.Faulty
+	// Capacity is what its statistics say, in bytes; 0: what the model says.
+	Capacity atomic.Int64
+}
+
+// sized is a client that says it has the disk's capacity.
+type sized struct {
+	asd.Client
+	d *Disk
+}
+
+func (s sized) Stats(ctx context.Context) (asd.Stats, error) {
+	st, err := s.Client.Stats(ctx)
+	if n := s.d.Capacity.Load(); n > 0 {
+		st.Capacity = n
+	}
+	return st, err
+}
+
+// Keys returns all keys of the device.
+func (d *Disk) Keys(t testing.TB) []string {
+	t.Helper()
+	r, err := d.Model.Range(context.Background(), asd.RangeRequest{}, asd.PriorityGuest)
+	if err != nil || r.More {
+		t.Fatalf("keys of %s: more %v, %v", d.ID, r.More, err)
+	}
+	keys := make([]string, len(r.Infos))
+	for i, info := range r.Infos {
+		keys[i] = info.Key
+	}
+	return keys
+}
+
+// Drop deletes a key behind everybody's back.
+func (d *Disk) Drop(t testing.TB, key string) {
+	t.Helper()
+	if err := d.Model.Apply(context.Background(), nil, []asd.Update{asd.Delete(key)}, asd.PriorityGuest); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // Cluster is a registry and storage daemons in memory.
@@ -47,7 +86,7 @@ func NewCluster(n, hosts int) *Cluster {
 func (c *Cluster) NewDisk() *Disk {
 	d := &Disk{ID: fmt.Sprintf("disk-%02d", len(c.Disks))}
 	d.Model = asdtest.NewModel(d.ID)
-	d.Faulty = asdtest.NewFaulty(d.Model)
+	d.Faulty = asdtest.NewFaulty(sized{d.Model, d})
 	c.Disks = append(c.Disks, d)
 	return d
 }

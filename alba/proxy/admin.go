@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
+	"strings"
 
 	"scoria/alba"
 	"scoria/alba/asd"
@@ -87,7 +87,7 @@ func (p *Proxy) AddDevice(ctx context.Context, d alba.Device) (alba.Device, erro
 		if err != nil {
 			return fail(err)
 		}
-		d.Added = time.Now().UTC().Truncate(time.Second)
+		d.Added = now()
 		if ok {
 			old, err := alba.Decode[alba.Device](kv.Value)
 			if err != nil {
@@ -109,7 +109,9 @@ func (p *Proxy) AddDevice(ctx context.Context, d alba.Device) (alba.Device, erro
 		if err != nil {
 			return fail(err)
 		}
-		p.copyPresets(ctx, d.ID)
+		if m := p.fleet.Member(d.ID); m != nil {
+			p.CopyRecords(ctx, m)
+		}
 		return d, nil
 	}
 	return fail(ErrBusy)
@@ -157,7 +159,7 @@ func (p *Proxy) SetPreset(ctx context.Context, ps alba.Preset) error {
 		return fmt.Errorf("preset %s: %w", ps.Name, err)
 	}
 	for _, m := range p.fleet.Members() {
-		p.copyPresets(ctx, m.Record().ID)
+		p.CopyRecords(ctx, m)
 	}
 	return nil
 }
@@ -177,25 +179,38 @@ func (p *Proxy) Presets(ctx context.Context) ([]alba.Preset, error) {
 	return list, nil
 }
 
-// copyPresets puts copies of all presets on a device, for a registry that has to be
-// rebuilt. What fails is done again by maintenance.
-func (p *Proxy) copyPresets(ctx context.Context, id string) {
-	m := p.fleet.Member(id)
-	if m == nil || !m.Up() {
+// CopyRecords puts copies of all presets and namespaces on a device, for a registry
+// that has to be rebuilt. What fails is logged, and done again by maintenance.
+func (p *Proxy) CopyRecords(ctx context.Context, m *Member) {
+	if !m.Up() {
 		return
 	}
-	list, err := p.Presets(ctx)
-	updates := make([]asd.Update, len(list))
-	for i, ps := range list {
-		updates[i] = asd.Put(alba.PresetCopyKey(ps.Name), asd.NewValue(alba.Encode(ps)))
+	var updates []asd.Update
+	var err error
+	for _, prefix := range []string{alba.PresetPrefix, alba.NamespacePrefix} {
+		kvs, lerr := p.reg.List(ctx, prefix)
+		err = errors.Join(err, lerr)
+		for _, kv := range kvs {
+			key := alba.PresetCopyKey(strings.TrimPrefix(kv.Key, prefix))
+			if prefix == alba.NamespacePrefix {
+				n, derr := alba.Decode[alba.Namespace](kv.Value)
+				if err = errors.Join(err, derr); derr != nil || n.Deleting {
+					continue
+				}
+				key = alba.NamespaceCopyKey(n.ID)
+			}
+			updates = append(updates, asd.Put(key, asd.NewValue(kv.Value)))
+		}
 	}
-	if err == nil && len(updates) > 0 {
-		ctx, cancel := context.WithTimeout(ctx, fenceTimeout)
-		defer cancel()
-		err = m.Apply(ctx, nil, updates, asd.PriorityGuest)
+	for err == nil && len(updates) > 0 {
+		part := updates[:min(len(updates), asd.MaxUpdates)]
+		updates = updates[len(part):]
+		limited, cancel := context.WithTimeout(ctx, purgeTimeout)
+		err = m.Apply(limited, nil, part, asd.PriorityRepair)
+		cancel()
 	}
-	if err != nil {
-		p.opts.Log.Info().Err(err).Str("asd", id).Msg("presets were not copied to the device")
+	if err != nil && ctx.Err() == nil {
+		p.opts.Log.Info().Err(err).Str("asd", m.Record().ID).Msg("presets and namespaces were not copied to the device")
 	}
 }
 

@@ -87,7 +87,7 @@ func (c *cache) keep(n namespace, e *entry, changes uint64) {
 
 // entry returns an object, from the cache unless fresh: ErrNoObject if there is none.
 func (p *Proxy) entry(ctx context.Context, ns, name string, fresh bool) (*entry, error) {
-	n, e, changes := p.cache.lookup(ns, name)
+	_, e, changes := p.cache.lookup(ns, name)
 	if e != nil && !fresh {
 		return e, nil
 	}

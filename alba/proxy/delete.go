@@ -66,7 +66,7 @@ func (p *Proxy) delete(ctx context.Context, ns, name string, epoch uint64) error
 
 func (p *Proxy) trashRecord(m *alba.Manifest) alba.Intent {
 	return alba.Intent{Namespace: m.Namespace, Object: m.Object, Epoch: m.Epoch, Policy: m.Policy, Shards: m.Shards,
-		By: p.opts.Node, Since: time.Now().UTC().Truncate(time.Second)}
+		By: p.opts.Node, Since: now()}
 }
 
 // DeleteNamespace removes a namespace with all its objects; no error if there is none.

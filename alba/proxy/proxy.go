@@ -87,6 +87,7 @@ type Proxy struct {
 	late     chan struct{}       // tokens of uploads that complete in the background
 	purges   chan struct{}       // tokens of purges in the background
 	counters Counters
+	active   sync.Map // upload IDs under way here
 
 	ctx    context.Context // of background work
 	cancel context.CancelFunc
@@ -234,6 +235,9 @@ func (p *Proxy) check(ctx context.Context, ns, name string) error {
 	return alba.CheckName("object", name)
 }
 
+// now is the time for records: whole seconds, UTC.
+func now() time.Time { return time.Now().UTC().Truncate(time.Second) }
+
 // opError names the operation and what it was about.
 func opError(op, ns, name string, err error) error {
 	if err == nil {
@@ -332,7 +336,7 @@ func (p *Proxy) CreateNamespaceWith(ctx context.Context, ns, preset string) erro
 		if _, err = LoadPreset(ctx, p.reg, preset); err != nil {
 			break
 		}
-		n = namespace{Namespace: alba.Namespace{Name: ns, ID: alba.NewID(), Preset: preset, Created: time.Now().UTC().Truncate(time.Second)}}
+		n = namespace{Namespace: alba.Namespace{Name: ns, ID: alba.NewID(), Preset: preset, Created: now()}}
 		_, err = p.reg.Commit(ctx, []alba.Compare{n.compare()}, []alba.Write{n.write()})
 		if !errors.Is(err, alba.ErrConflict) {
 			break

@@ -83,7 +83,9 @@ type upload struct {
 	m      *alba.Manifest // Shards: where they shall go. Fixed once the last chunk is handed out.
 	final  *alba.Manifest // what was committed
 	epoch  uint64
-	intent int64 // revision of the intent
+	intent int64  // revision of the intent
+	old    *entry // what it replaces, with the same contents; nil for a new object
+	pri    asd.Priority
 	shards []*shardWriter
 	window chan struct{} // a token per chunk whose memory is in use
 
@@ -94,7 +96,7 @@ type upload struct {
 // attempt uploads and commits. errAgain if devices failed or the registry changed.
 func (p *Proxy) attempt(ctx context.Context, n namespace, name string, epoch uint64, src io.ReaderAt, size int64) error {
 	p.counters.Attempts.Add(1)
-	u, err := p.begin(ctx, n, name, epoch, size)
+	u, err := p.begin(ctx, n, name, epoch, size, nil)
 	if err != nil {
 		return err
 	}
@@ -110,7 +112,7 @@ func (p *Proxy) attempt(ctx context.Context, n namespace, name string, epoch uin
 }
 
 // begin chooses the devices and commits the intent.
-func (p *Proxy) begin(ctx context.Context, n namespace, name string, epoch uint64, size int64) (*upload, error) {
+func (p *Proxy) begin(ctx context.Context, n namespace, name string, epoch uint64, size int64, old *entry) (*upload, error) {
 	ps, err := LoadPreset(ctx, p.reg, n.Preset)
 	if err != nil {
 		return nil, err
@@ -127,19 +129,31 @@ func (p *Proxy) begin(ctx context.Context, n namespace, name string, epoch uint6
 	}
 	unit := alba.Unit(ps.Compression, ps.Encryption)
 	most := erasure.MaxStored(ps.Compression, ps.Encryption, size)
-	u := &upload{p: p, ns: n, epoch: epoch, window: make(chan struct{}, windowChunks), m: &alba.Manifest{
+	u := &upload{p: p, ns: n, epoch: epoch, old: old, window: make(chan struct{}, windowChunks), m: &alba.Manifest{
 		Namespace: n.Name, NamespaceID: n.ID, Object: name, Upload: id, Epoch: epoch, Size: size, Created: time.Now().UnixNano(),
 		Preset: ps.Name, Policy: choice.Policy, Domain: ps.Domain, Compression: ps.Compression, Encryption: ps.Encryption,
 		BlockBytes: alba.BlockBytes(ps.Compression), FragmentBytes: alba.PlanFragment(most, choice.Policy.K, ps.FragmentBytes, unit),
 		Shards: choice.Shards,
 	}}
-	rev, err := p.reg.Commit(ctx, []alba.Compare{n.compare(), {Key: alba.ObjectKey(n.ID, name)}},
+	p.active.Store(id, struct{}{})
+	rev, err := p.reg.Commit(ctx, []alba.Compare{n.compare(), {Key: alba.ObjectKey(n.ID, name), Revision: u.oldRevision()}},
 		[]alba.Write{{Key: alba.IntentKey(n.ID, id), Value: alba.Encode(u.intentRecord(false))}})
 	if errors.Is(err, alba.ErrConflict) {
 		err = fmt.Errorf("%w: %w", errAgain, err)
 	}
 	u.intent = rev
+	if err != nil {
+		p.active.Delete(id)
+	}
 	return u, err
+}
+
+// oldRevision is what the object's key must be at for the upload to be committed.
+func (u *upload) oldRevision() int64 {
+	if u.old == nil {
+		return 0
+	}
+	return u.old.rev
 }
 
 // whyUnsatisfiable adds what is wrong with the devices.
@@ -161,7 +175,7 @@ func (p *Proxy) whyUnsatisfiable(err error) error {
 
 func (u *upload) intentRecord(move bool) alba.Intent {
 	return alba.Intent{Namespace: u.m.Namespace, Object: u.m.Object, Epoch: u.epoch, Move: move, Policy: u.m.Policy,
-		Shards: u.m.Shards, By: u.p.opts.Node, Since: time.Now().UTC().Truncate(time.Second)}
+		Shards: u.m.Shards, By: u.p.opts.Node, Since: now()}
 }
 
 // addKey gives a namespace its encryption key.
@@ -202,6 +216,9 @@ func (u *upload) run(ctx context.Context, src io.ReaderAt, size int64) error {
 	u.join()
 	if late {
 		<-u.p.late
+	}
+	if err == nil {
+		u.p.active.Delete(u.m.Upload)
 	}
 	if err == nil {
 		u.reportMissing(u.final)
@@ -322,9 +339,13 @@ func (u *upload) commit(ctx context.Context, late bool) error {
 			intent.Value = alba.Encode(u.intentRecord(true))
 		}
 		key := alba.ObjectKey(n.ID, u.m.Object)
+		writes := []alba.Write{{Key: key, Value: value}, intent}
+		if u.old != nil {
+			rec := u.p.trashRecord(u.old.m)
+			writes = append(writes, alba.Write{Key: alba.TrashKey(n.ID, u.old.m.Upload), Value: alba.Encode(rec)})
+		}
 		rev, err := u.p.reg.Commit(ctx,
-			[]alba.Compare{n.compare(), {Key: key}, {Key: intent.Key, Revision: u.intent}},
-			[]alba.Write{{Key: key, Value: value}, intent})
+			[]alba.Compare{n.compare(), {Key: key, Revision: u.oldRevision()}, {Key: intent.Key, Revision: u.intent}}, writes)
 		if err == nil {
 			u.p.cache.drop(key)
 			u.final, u.intent = final, rev
@@ -342,10 +363,10 @@ func (u *upload) commit(ctx context.Context, late bool) error {
 		if !ok || kv.Revision != u.intent {
 			return fmt.Errorf("%w: its intent was removed", errAgain)
 		}
-		if _, ok, err = u.p.reg.Get(ctx, key); err != nil {
+		if kv, _, err = u.p.reg.Get(ctx, key); err != nil {
 			return err
 		}
-		if ok {
+		if kv.Revision != u.oldRevision() {
 			return fmt.Errorf("%w: another upload of it was first", errAgain)
 		}
 	}
@@ -354,7 +375,7 @@ func (u *upload) commit(ctx context.Context, late bool) error {
 
 // finish waits for the shards that were late and adds them to the manifest.
 func (u *upload) finish() {
-	defer func() { <-u.p.late }()
+	defer func() { <-u.p.late; u.p.active.Delete(u.m.Upload) }()
 	t := time.NewTimer(lateTimeout)
 	defer t.Stop()
 	for {
@@ -405,6 +426,7 @@ func (u *upload) reportMissing(m *alba.Manifest) {
 func (u *upload) abandon() {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
+	defer u.p.active.Delete(u.m.Upload)
 	rec := u.intentRecord(false)
 	trash := alba.TrashKey(u.m.NamespaceID, u.m.Upload)
 	rev, err := u.p.reg.Commit(ctx, []alba.Compare{{Key: alba.IntentKey(u.m.NamespaceID, u.m.Upload), Revision: u.intent}},
@@ -414,4 +436,52 @@ func (u *upload) abandon() {
 		return
 	}
 	u.p.purgeSoon(u.m.NamespaceID, u.m.Upload, rec, rev)
+}
+
+// Restore stores an object anew under its namespace's preset, with the first policy that
+// the devices can meet, and removes what was there: for maintenance. Readers
+// see the one or the other. It needs no owner.
+func (p *Proxy) Restore(ctx context.Context, ns, name string) error {
+	err := p.check(ctx, ns, name)
+	if err == nil {
+		err = p.restore(ctx, ns, name)
+	}
+	return opError("store anew", ns, name, err)
+}
+
+func (p *Proxy) restore(ctx context.Context, ns, name string) error {
+	n, err := p.loadNamespace(ctx, ns)
+	if err != nil {
+		return err
+	}
+	e, err := p.loadEntry(ctx, n, name)
+	if err != nil {
+		return err
+	}
+	p.counters.Attempts.Add(1)
+	u, err := p.begin(ctx, n, name, n.Epoch, e.m.Size, e)
+	if err != nil {
+		return err
+	}
+	u.pri = asd.PriorityRepair
+	if err := u.run(ctx, entryReader{ctx, p, e}, e.m.Size); err != nil {
+		u.abandon()
+		return err
+	}
+	p.sweepTrash(ctx, n.ID, e.m.Upload)
+	return nil
+}
+
+// entryReader reads an object as the source of an upload.
+type entryReader struct {
+	ctx context.Context
+	p   *Proxy
+	e   *entry
+}
+
+func (r entryReader) ReadAt(b []byte, off int64) (int, error) {
+	if err := r.p.readEntry(r.ctx, r.e, b, off); err != nil {
+		return 0, err
+	}
+	return len(b), nil
 }

@@ -199,7 +199,7 @@ func (s *shardWriter) mark(updates []asd.Update) []asd.Update {
 func (s *shardWriter) apply(updates []asd.Update) error {
 	ctx, cancel := context.WithTimeout(s.ctx, writeTimeout)
 	defer cancel()
-	if err := s.m.ApplyOwned(ctx, &s.u.ns, s.u.epoch, updates, asd.PriorityGuest); err != nil {
+	if err := s.m.ApplyOwned(ctx, &s.u.ns, s.u.epoch, updates, s.u.pri); err != nil {
 		return fmt.Errorf("shard %d on device %s: %w", s.shard, s.m.Record().ID, err)
 	}
 	return nil

@@ -1,0 +1,38 @@
+// Package repair keeps the object store as safe as its presets ask: it rebuilds
+// lost shards, empties devices that are drained, brings objects to a better policy
+// when devices return, moves shards from full devices to empty ones, collects what
+// nobody refers to, reads everything to find what has rotted, and rebuilds the
+// registry from the devices when it is lost.
+//
+// # Safe with several daemons
+//
+// Every change of an object is one transaction that asserts the object's revision
+// and an intent, which only one daemon can hold (see package alba): two daemons that
+// do the same work waste it and nothing else. That they rarely do is the jobs'
+// doing: a job's record names the daemon that works on it and when it was last
+// heard of. After leaseTimeout another one goes on where the record says.
+//
+// # Order
+//
+// Objects are repaired in the order of the devices that may still be lost, fewest
+// first. All reading and writing is of asd.PriorityRepair, and each chunk waits
+// for Options.BytesPerSecond and while Options.Busy says that guests wait.
+//
+// # Orphans
+//
+// A fragment is deleted only if neither a manifest, an intent nor a trash record
+// speaks of it in a registry that was read after the fragment was seen, and only on
+// devices that know this registry's cluster ID: a registry that has lost its
+// memory must not take everything for orphans. An intent is removed when the
+// daemon that made it has no such upload any more, or after Options.IntentAge; that
+// fences the upload, for its commit asserts the intent.
+//
+// # Goroutines
+//
+//	repair      one: faults that were reported, passes over all objects
+//	orphans     one
+//	verify      one: idle unless the job was started
+//	rebalance   one: idle unless the job was started
+//
+// Run starts them and returns when all have ended.
+package repair
