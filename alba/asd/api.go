@@ -52,7 +52,8 @@ var (
 	// ErrFull: the ASD takes no more puts; reads, deletes and epochs still work.
 	ErrFull = errors.New("ASD is full")
 	// ErrStaleEpoch: the ASD knows a larger epoch of the namespace. Nothing of
-	// the Apply was done, nor will be. *StaleEpochError says which epoch.
+	// the Apply was done, nor will be. *StaleEpochError says which epoch. It goes
+	// before ErrAssert if both apply.
 	ErrStaleEpoch = errors.New("stale epoch: a later owner has written to this ASD")
 	// ErrAssert: an assert other than AssertEpoch does not hold; nothing of the
 	// Apply was done, nor will be. *AssertError says which.

@@ -204,10 +204,7 @@ func (m *Model) assert(i int, a *asd.Assert) error {
 	case asd.KindAssertSum:
 		holds = ok && int64(len(v.Data)) == a.Size && v.Sum() == a.Sum
 	case asd.KindAssertEpoch:
-		if known := m.epochs[a.Key]; known > a.Epoch {
-			return &asd.StaleEpochError{Namespace: a.Key, Epoch: a.Epoch, Known: known}
-		}
-		holds = true
+		holds = true // looked at before
 	}
 	if !holds {
 		return &asd.AssertError{Index: i, Assert: *a, Reason: "so says the model"}
@@ -229,8 +226,8 @@ func (m *Model) Apply(ctx context.Context, asserts []asd.Assert, updates []asd.U
 	}
 	defer m.mu.Unlock()
 	for i := range asserts {
-		if err := m.assert(i, &asserts[i]); err != nil {
-			return err
+		if a := &asserts[i]; a.Kind == asd.KindAssertEpoch && m.epochs[a.Key] > a.Epoch {
+			return &asd.StaleEpochError{Namespace: a.Key, Epoch: a.Epoch, Known: m.epochs[a.Key]}
 		}
 	}
 	raised := make(map[string]uint64)
@@ -240,6 +237,11 @@ func (m *Model) Apply(ctx context.Context, asserts []asd.Assert, updates []asd.U
 				return &asd.StaleEpochError{Namespace: u.Key, Epoch: u.Epoch, Known: known}
 			}
 			raised[u.Key] = u.Epoch
+		}
+	}
+	for i := range asserts {
+		if err := m.assert(i, &asserts[i]); err != nil {
+			return err
 		}
 	}
 	for i := range updates {

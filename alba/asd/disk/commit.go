@@ -174,13 +174,35 @@ func (d *Disk) syncDirs(reqs []*applyReq) error {
 	return nil
 }
 
-// check evaluates the asserts, and the raises, which are asserts as well.
+// check evaluates the asserts, and the raises, which are asserts as well. Epochs
+// come first: a stale owner learns that it is, whatever else does not hold.
 func (g *group) check(req *applyReq) error {
 	for i := range req.asserts {
-		if err := g.assert(i, &req.asserts[i]); err != nil {
-			return err
+		if a := &req.asserts[i]; a.Kind == asd.KindAssertEpoch {
+			known, err := g.epoch(a.Key)
+			if err != nil {
+				return err
+			}
+			if known > a.Epoch {
+				return &asd.StaleEpochError{Namespace: a.Key, Epoch: a.Epoch, Known: known}
+			}
 		}
 	}
+	if err := g.checkRaises(req); err != nil {
+		return err
+	}
+	for i := range req.asserts {
+		if a := &req.asserts[i]; a.Kind != asd.KindAssertEpoch {
+			if err := g.assert(i, a); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// checkRaises: each raise must hold after the ones before it.
+func (g *group) checkRaises(req *applyReq) error {
 	var raised map[string]uint64
 	for i := range req.ops {
 		o := &req.ops[i]
@@ -205,14 +227,8 @@ func (g *group) check(req *applyReq) error {
 	return nil
 }
 
+// assert evaluates an assert about a key.
 func (g *group) assert(i int, a *asd.Assert) error {
-	if a.Kind == asd.KindAssertEpoch {
-		known, err := g.epoch(a.Key)
-		if err == nil && known > a.Epoch {
-			err = &asd.StaleEpochError{Namespace: a.Key, Epoch: a.Epoch, Known: known}
-		}
-		return err
-	}
 	rec, err := g.record(a.Key)
 	if err != nil {
 		return err
@@ -240,10 +256,10 @@ func (g *group) assert(i int, a *asd.Assert) error {
 			reason = "it has another value"
 		}
 	}
-	if reason != "" {
-		return &asd.AssertError{Index: i, Assert: asd.Assert{Kind: a.Kind, Key: a.Key, Size: a.Size, Sum: a.Sum}, Reason: reason}
+	if reason == "" {
+		return nil
 	}
-	return nil
+	return &asd.AssertError{Index: i, Assert: asd.Assert{Kind: a.Kind, Key: a.Key, Size: a.Size, Sum: a.Sum}, Reason: reason}
 }
 
 // record returns a key's record as of now, with memory of its own; nil if there

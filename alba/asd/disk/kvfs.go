@@ -4,6 +4,7 @@ import (
 	"io"
 	"io/fs"
 	"path"
+	"strings"
 
 	"scoria/alba/vfs"
 
@@ -17,13 +18,30 @@ type kvFS struct{ fs vfs.FS }
 var _ pebblevfs.FS = kvFS{}
 
 // Create implements pebble's vfs.FS: an existing file is removed first.
+//
+// Pebble names its current manifest by an empty file, a marker. It creates the
+// manifest, the new marker, removes the old marker and then syncs the directory
+// once. That needs a file system that keeps the order of names; ours promises
+// less (see vfs), so the manifest's name is made durable before the marker, and
+// the new marker before the old one goes.
 func (k kvFS) Create(name string, _ pebblevfs.DiskWriteCategory) (pebblevfs.File, error) {
+	marker := strings.HasPrefix(path.Base(name), "marker.")
+	if marker {
+		if err := k.fs.SyncDir(path.Dir(name)); err != nil {
+			return nil, err
+		}
+	}
 	f, err := k.fs.Open(name, vfs.Create|vfs.Exclusive)
 	if isExist(err) {
 		if err := k.fs.Remove(name); err != nil && !isNotExist(err) {
 			return nil, err
 		}
 		f, err = k.fs.Open(name, vfs.Create|vfs.Exclusive)
+	}
+	if err == nil && marker {
+		if err = k.fs.SyncDir(path.Dir(name)); err != nil {
+			_ = f.Close()
+		}
 	}
 	return k.wrap(f, name, err)
 }

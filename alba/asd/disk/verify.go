@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
-	"strings"
+	"slices"
 
 	"scoria/alba/asd"
 	"scoria/alba/vfs"
@@ -197,13 +197,19 @@ func (v *verifier) bad(key string, err error) {
 
 // tables checks the sorted tables of the key-value store from a name on.
 func (v *verifier) tables(ctx context.Context, from string) error {
-	dir := path.Join(v.d.dir, "kv")
-	names, err := v.d.fs.List(dir)
+	levels, err := v.d.db.SSTables()
 	if err != nil {
-		return fmt.Errorf("list the key-value store's files: %w", err)
+		return fmt.Errorf("list the key-value store's files: %w", kvError(err))
 	}
-	for _, name := range names {
-		if name < from || !strings.HasSuffix(name, ".sst") {
+	var names []string
+	for _, level := range levels {
+		for _, t := range level {
+			names = append(names, t.BackingSSTNum.String()+".sst")
+		}
+	}
+	slices.Sort(names)
+	for _, name := range slices.Compact(names) {
+		if name < from {
 			continue
 		}
 		if v.res.Bytes >= v.max {
@@ -213,7 +219,7 @@ func (v *verifier) tables(ctx context.Context, from string) error {
 		if err := v.d.gate.acquire(ctx, asd.PriorityRepair); err != nil {
 			return err
 		}
-		size, err := v.d.verifyTable(ctx, path.Join(dir, name))
+		size, err := v.d.verifyTable(ctx, path.Join(v.d.dir, "kv", name))
 		v.d.gate.release(asd.PriorityRepair)
 		v.res.Bytes += size
 		if err != nil {

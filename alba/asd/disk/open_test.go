@@ -1,0 +1,191 @@
+package disk
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"time"
+
+	"scoria/alba/asd"
+	"scoria/alba/vfs"
+)
+
+func TestTwoInstances(t *testing.T) {
+	for name, dir := range map[string]func() (vfs.FS, string){
+		"mem": func() (vfs.FS, string) { return vfs.NewMem(), "/asd" },
+		"os":  func() (vfs.FS, string) { return vfs.OS(), t.TempDir() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			fsys, dir := dir()
+			d := open(t, fsys, dir, testOptions)
+			_, err := Open(fsys, dir, testOptions)
+			wantErr(t, err, vfs.ErrLocked)
+			must(t, d.Close())
+			must(t, open(t, fsys, dir, testOptions).Close())
+		})
+	}
+}
+
+// TestIdentity: an ASD keeps its id, and what is not the disk that it should be
+// is not written to.
+func TestIdentity(t *testing.T) {
+	fsys := vfs.NewMem()
+	opts := testOptions
+	opts.ID = "2f0c8a52-95fd-4a29-8db4-5f4e7b3b3f3c"
+	_, err := Open(fsys, "/asd", opts) // not mounted
+	wantErr(t, err, asd.ErrWrongASD)
+	d := open(t, fsys, "/asd", testOptions)
+	id := d.ID()
+	must(t, d.Apply(background, nil, []asd.Update{asd.Put("key", asd.NewValue(nil))}, guest))
+	must(t, d.Close())
+	_, err = Open(fsys, "/asd", opts)
+	wantErr(t, err, asd.ErrWrongASD)
+	opts.ID = id
+	d = open(t, fsys, "/asd", opts)
+	if d.ID() != id {
+		t.Fatalf("id %s became %s", id, d.ID())
+	}
+	must(t, d.Close())
+
+	other := open(t, fsys, "/other", testOptions)
+	must(t, other.Close())
+	must(t, fsys.Rename("/asd/identity", "/identity"))
+	if _, err := Open(fsys, "/asd", testOptions); err == nil {
+		t.Fatal("data without an identity was taken for a new ASD")
+	}
+	must(t, fsys.Rename("/other/identity", "/asd/identity"))
+	_, err = Open(fsys, "/asd", testOptions)
+	wantErr(t, err, asd.ErrWrongASD)
+	must(t, fsys.Rename("/identity", "/asd/identity"))
+	must(t, fsys.RemoveAll("/asd/kv"))
+	if _, err := Open(fsys, "/asd", testOptions); err == nil {
+		t.Fatal("an ASD without its key-value store was opened")
+	}
+}
+
+// TestGateOrder: guests go before repair, and repair is not starved.
+func TestGateOrder(t *testing.T) {
+	g := newGate(1)
+	must(t, g.acquire(background, guest))
+	order := make(chan asd.Priority, 100)
+	start := func(pri asd.Priority, n int) {
+		t.Helper()
+		before := g.guest.live + g.repair.live
+		for range n {
+			go func() {
+				if err := g.acquire(background, pri); err != nil {
+					t.Error(err)
+				}
+				order <- pri
+				g.release(pri)
+			}()
+		}
+		deadline := time.Now().Add(20 * time.Second)
+		for {
+			g.mu.Lock()
+			waiting := g.guest.live + g.repair.live
+			g.mu.Unlock()
+			if waiting == before+n {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%d wait, want %d", waiting, before+n)
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	start(asd.PriorityRepair, 3)
+	start(guest, 2*repairShare+2)
+	if q, r := g.waiting(1); q != 2*repairShare+3 || r != 3 {
+		t.Fatalf("%d and %d wait or run", q, r)
+	}
+	ctx, cancel := context.WithCancel(background)
+	cancel()
+	if err := g.acquire(ctx, guest); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	g.release(guest)
+	var got []asd.Priority
+	for range 2*repairShare + 5 {
+		select {
+		case pri := <-order:
+			got = append(got, pri)
+		case <-time.After(20 * time.Second):
+			t.Fatal("starved")
+		}
+	}
+	for i, pri := range got {
+		repair := i == repairShare || i == 2*repairShare+1 || i == 2*repairShare+4
+		if repair != (pri == asd.PriorityRepair) {
+			t.Fatalf("order %v", got)
+		}
+	}
+	if g.free != 1 || g.repairs != 0 {
+		t.Fatalf("%d free, %d repairs", g.free, g.repairs)
+	}
+}
+
+// TestRepairLeavesRoom: repair alone does not take all slots.
+func TestRepairLeavesRoom(t *testing.T) {
+	g := newGate(4)
+	ctx, cancel := context.WithTimeout(background, 50*time.Millisecond)
+	defer cancel()
+	n := 0
+	for g.acquire(ctx, asd.PriorityRepair) == nil {
+		n++
+	}
+	if n != 3 {
+		t.Fatalf("%d of 4 slots for repair", n)
+	}
+	must(t, g.acquire(background, guest))
+}
+
+// TestCanceledWhileQueued: an Apply that its caller gives up while it waits has no
+// effect, and leaves no file.
+func TestCanceledWhileQueued(t *testing.T) {
+	fsys := vfs.NewMem()
+	d := open(t, fsys, "/asd", testOptions)
+	defer d.Close()
+	var once sync.Once
+	reached, goOn := make(chan struct{}), make(chan struct{})
+	fsys.SetHook(func(op vfs.Op, name string) error {
+		if op == vfs.OpSyncDir && name == d.valueDir(d.nextID.Load()) {
+			once.Do(func() {
+				close(reached)
+				<-goOn
+			})
+		}
+		return nil
+	})
+	first := make(chan error)
+	go func() {
+		first <- d.Apply(background, nil, []asd.Update{asd.Put("a", asd.NewValue(make([]byte, 50_000)))}, guest)
+	}()
+	select {
+	case <-reached: // the committer is at work
+	case <-time.After(20 * time.Second):
+		t.Fatal("the committer syncs no directory")
+	}
+	ctx, cancel := context.WithCancel(background)
+	second := make(chan error)
+	go func() {
+		second <- d.Apply(ctx, nil, []asd.Update{asd.Put("b", asd.NewValue(make([]byte, 50_000)))}, guest)
+	}()
+	deadline := time.Now().Add(20 * time.Second)
+	for len(d.queue) == 0 {
+		if time.Now().After(deadline) {
+			t.Fatal("not queued")
+		}
+		time.Sleep(time.Millisecond)
+	}
+	cancel()
+	if err := <-second; !errors.Is(err, context.Canceled) || errors.Is(err, asd.ErrUnknownOutcome) {
+		t.Fatal(err)
+	}
+	close(goOn)
+	must(t, <-first)
+	_, err := d.Get(background, "b", guest)
+	wantErr(t, err, asd.ErrNoKey)
+	waitForFiles(t, fsys, "/asd", 1)
+}
