@@ -17,8 +17,10 @@
 //     daemon (P3): first the data, then the record, which becomes visible with
 //     one atomic store. A daemon that dies in between leaves a hole that nobody
 //     was told about; recovery voids it.
-//  2. In the background, and at each flush, clusters are written to the SCO's
-//     file before the records that name them.
+//  2. In the background, and at large flushes, clusters are written to the SCO's
+//     file before the records that name them; a small flush writes both at the
+//     same time. Until the sync neither is promised, and recovery believes a
+//     record that is not known to be synced only if its cluster has its checksum.
 //  3. A flush ends after every SCO up to its moment has been written and synced,
 //     oldest first (P1). A record carries how many records before it were known
 //     to be synced, which tells recovery a torn tail from rot.

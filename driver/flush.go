@@ -109,7 +109,14 @@ func (v *Volume) ioLoop() {
 	// The thread's priority goes up and down with what it does.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	defer v.eng.nice.set(false)
+	lowered := false
+	lower := func(want bool) {
+		if want != lowered {
+			lowered = want
+			v.eng.nice.set(want)
+		}
+	}
+	defer lower(false)
 	for {
 		v.io.mu.Lock()
 		waiters := v.io.waiters
@@ -123,7 +130,7 @@ func (v *Volume) ioLoop() {
 		}
 		v.io.mu.Unlock()
 
-		v.eng.nice.set(len(waiters) == 0 && v.eng.pool.fill() < throttleAt)
+		lower(len(waiters) == 0 && v.eng.pool.fill() < throttleAt)
 		if len(waiters) > 0 {
 			err := v.syncAll()
 			v.io.mu.Lock()

@@ -55,6 +55,9 @@ func (v *Volume) writeOut(l *logSCO, records, clusters uint32) error {
 	}
 	start := time.Now()
 	from := l.spilledC
+	if small, err := v.writeSmall(l, records, clusters); small || err != nil {
+		return err
+	}
 	for l.spilledC < clusters {
 		if err := v.writeChunks(l, clusters); err != nil {
 			return err
@@ -64,6 +67,40 @@ func (v *Volume) writeOut(l *logSCO, records, clusters uint32) error {
 		v.eng.spillRate(int(clusters-from), time.Since(start))
 	}
 	return v.writeRecords(l, records)
+}
+
+// writeSmall writes a few clusters and the records that name them at the same
+// time, which is half the wait of one after the other, if both lie in one piece.
+// The sync that follows covers both. Without it, records may be on the disk whose
+// clusters are not: recovery believes what was not known to be synced only as far
+// as the clusters have the right checksums.
+func (v *Volume) writeSmall(l *logSCO, records, clusters uint32) (done bool, err error) {
+	from := l.spilledR / recordsPage * recordsPage
+	to := divUp(records, recordsPage) * recordsPage
+	if clusters <= l.spilledC || clusters-l.spilledC > chunkClusters ||
+		records <= l.spilledR || to-from > recordScratch/tlog.Size || from/chunkRecords != (to-1)/chunkRecords {
+		return false, nil
+	}
+	var vec [maxVec + aheadChunks][]byte
+	n, c, blocks := v.gather(l, clusters, &vec)
+	scratch := recordBuffers.Get().(*[]byte)
+	defer recordBuffers.Put(scratch)
+	data := v.copyRecords(l, *scratch, from, to)
+	l.unsynced = true
+	start := time.Now()
+	bytes, err := l.file.WriteParts([]vfs.Part{
+		{Bufs: vec[:n], Off: sco.DataOff(l.spilledC)},
+		{Bufs: [][]byte{data}, Off: l.hdr.RecordOff() + int64(from)*tlog.Size},
+	})
+	v.stats.stages[StageSpill].since(start)
+	v.stats.spilled.Add(uint64(bytes))
+	if err != nil {
+		return false, fmt.Errorf("SCO %d: write %d clusters and their records: %w", l.hdr.Number, c-l.spilledC, err)
+	}
+	l.blocksC = max(l.blocksC, blocks)
+	v.spilledTo(l, c)
+	l.spilledR = records
+	return true, nil
 }
 
 // maxVec is how many chunks one write to the disk takes together: 4 MiB.
@@ -80,24 +117,9 @@ var zeroes = aligned(make([]byte, chunkBytes))
 // writeChunks writes clusters from spilledC on, up to clusters or maxVec chunks.
 func (v *Volume) writeChunks(l *logSCO, clusters uint32) error {
 	var vec [maxVec + aheadChunks][]byte
-	var n int
 	from := l.spilledC
-	c := from
-	for ; n < maxVec && c < clusters; n++ {
-		slot, off := l.cluster(c)
-		k := min(chunkClusters-c%chunkClusters, clusters-c)
-		vec[n] = v.eng.pool.chunk(l.data[slot].Load())[off : off+int(k)*block.ClusterSize]
-		c += k
-	}
+	n, c, blocks := v.gather(l, clusters, &vec)
 	l.unsynced = true
-	blocks := c
-	if c-from < chunkClusters && c > l.blocksC {
-		for ; n < len(vec) && blocks < l.hdr.ClustersCap; n++ {
-			k := min(chunkClusters, l.hdr.ClustersCap-blocks)
-			vec[n] = zeroes[:k*block.ClusterSize]
-			blocks += k
-		}
-	}
 	start := time.Now()
 	bytes, err := l.file.WriteVecAt(vec[:n], sco.DataOff(from))
 	v.stats.stages[StageSpill].since(start)
@@ -106,17 +128,47 @@ func (v *Volume) writeChunks(l *logSCO, clusters uint32) error {
 	if err != nil {
 		return fmt.Errorf("SCO %d: write %d clusters: %w", l.hdr.Number, c-from, err)
 	}
+	v.spilledTo(l, c)
+	return nil
+}
+
+// gather collects what is to be written from spilledC on: clusters up to
+// clusters, as many as maxVec chunks hold, and zeroes behind few. It returns the
+// number of pieces, where the clusters end, and where the zeroes do.
+func (v *Volume) gather(l *logSCO, clusters uint32, vec *[maxVec + aheadChunks][]byte) (n int, c, blocks uint32) {
+	for c = l.spilledC; n < maxVec && c < clusters; n++ {
+		slot, off := l.cluster(c)
+		k := min(chunkClusters-c%chunkClusters, clusters-c)
+		vec[n] = v.eng.pool.chunk(l.data[slot].Load())[off : off+int(k)*block.ClusterSize]
+		c += k
+	}
+	blocks = c
+	if c-l.spilledC < chunkClusters && c > l.blocksC {
+		for ; n < len(vec) && blocks < l.hdr.ClustersCap; n++ {
+			k := min(chunkClusters, l.hdr.ClustersCap-blocks)
+			vec[n] = zeroes[:k*block.ClusterSize]
+			blocks += k
+		}
+	}
+	return n, c, blocks
+}
+
+// spilledTo notes that the clusters before c are in the file.
+func (v *Volume) spilledTo(l *logSCO, c uint32) {
+	from := l.spilledC
 	l.spilledC = c
 	for slot := from / chunkClusters; slot < divUp(c, chunkClusters); slot++ {
 		if (slot+1)*chunkClusters <= c || l.endsAt(c) {
 			v.eng.pool.markClean(l, slot)
 		}
 	}
-	return nil
 }
 
-// recordScratch is the size of the buffers that records are written from.
-const recordScratch = 64 << 10
+const (
+	recordsPage = sco.Page / tlog.Size
+	// recordScratch is the size of the buffers that records are written from.
+	recordScratch = 64 << 10
+)
 
 var recordBuffers = sync.Pool{New: func() any {
 	b := aligned(make([]byte, recordScratch))
@@ -127,16 +179,10 @@ var recordBuffers = sync.Pool{New: func() any {
 // page repeats records that are durable already, with the same bytes: a torn
 // write can't hurt them.
 func (v *Volume) writeRecords(l *logSCO, records uint32) error {
-	const perPage = sco.Page / tlog.Size
-	for r := l.spilledR / perPage * perPage; r < records && l.spilledR < records; {
-		slot := r / chunkRecords
-		stop := min((records+perPage-1)/perPage*perPage, (slot+1)*chunkRecords)
-		b := v.eng.pool.chunk(l.recs[slot].Load())
-		stop = min(stop, r+recordScratch/tlog.Size)
-		// A copy: writers go on filling the last page, and what changes under a
-		// direct write upsets checksums and mirrors below.
+	for r := l.spilledR / recordsPage * recordsPage; r < records && l.spilledR < records; {
+		stop := min(divUp(records, recordsPage)*recordsPage, (r/chunkRecords+1)*chunkRecords, r+recordScratch/tlog.Size)
 		scratch := recordBuffers.Get().(*[]byte)
-		data := (*scratch)[:copy(*scratch, b[int(r%chunkRecords)*tlog.Size:int(r%chunkRecords+stop-r)*tlog.Size])]
+		data := v.copyRecords(l, *scratch, r, stop)
 		l.unsynced = true
 		_, err := l.file.WriteAt(data, l.hdr.RecordOff()+int64(r)*tlog.Size)
 		recordBuffers.Put(scratch)
@@ -148,6 +194,15 @@ func (v *Volume) writeRecords(l *logSCO, records uint32) error {
 	}
 	l.spilledR = max(l.spilledR, records)
 	return nil
+}
+
+// copyRecords copies records [from, to), which lie in one chunk, to scratch:
+// writers go on filling the last page, and what changes under a direct write
+// upsets checksums and mirrors below.
+func (v *Volume) copyRecords(l *logSCO, scratch []byte, from, to uint32) []byte {
+	b := v.eng.pool.chunk(l.recs[from/chunkRecords].Load())
+	first := from % chunkRecords
+	return scratch[:copy(scratch, b[int(first)*tlog.Size:int(first+to-from)*tlog.Size])]
 }
 
 // ensureFile creates the SCO's file with room for all it can hold.

@@ -111,6 +111,63 @@ func TestOpenFlags(t *testing.T) {
 	})
 }
 
+// Parts land where they should, whatever their number and shape, buffered or
+// direct, and errors come out.
+func TestWriteParts(t *testing.T) {
+	eachFS(t, func(t *testing.T, x target) {
+		for _, flags := range []OpenFlag{Create, Create | Direct} {
+			f := mustOpen(t, x, x.name("f"), flags)
+			want := make([]byte, 64*directAlignment)
+			var parts []Part
+			for i := range 7 { // more than are under way at once
+				p := Part{Off: int64(i*9+1) * directAlignment}
+				at := p.Off
+				for k := range i % 4 {
+					b := alignedBuffer((1 + k%2) * directAlignment)
+					for j := range b {
+						b[j] = byte(i*31 + k*7 + j)
+					}
+					at += int64(copy(want[at:], b))
+					p.Bufs = append(p.Bufs, b)
+				}
+				parts = append(parts, p)
+			}
+			must(t, f.Truncate(int64(len(want))))
+			for _, some := range [][]Part{nil, parts[3:4], parts} {
+				n, err := f.WriteParts(some)
+				must(t, err)
+				bytes := 0
+				for _, p := range some {
+					for _, b := range p.Bufs {
+						bytes += len(b)
+					}
+				}
+				if n != bytes {
+					t.Fatalf("wrote %d bytes, want %d", n, bytes)
+				}
+			}
+			must(t, f.Close())
+			if got := get(t, x, x.name("f")); got != string(want) {
+				t.Fatal("wrong bytes")
+			}
+			_, err := f.WriteParts(parts)
+			wantErr(t, err, fs.ErrClosed)
+			f = mustOpen(t, x, x.name("f"), ReadOnly|flags&Direct)
+			if _, err := f.WriteParts(parts); err == nil {
+				t.Fatal("a read-only file was written")
+			}
+			must(t, f.Close())
+		}
+	})
+}
+
+// alignedBuffer is one that direct I/O accepts.
+func alignedBuffer(n int) []byte {
+	b := make([]byte, n+directAlignment)
+	skip := (directAlignment - int(reflect.ValueOf(b).Pointer()%directAlignment)) % directAlignment
+	return b[skip:][:n:n]
+}
+
 func TestReadWriteSparse(t *testing.T) {
 	eachFS(t, func(t *testing.T, x target) {
 		f := mustOpen(t, x, x.name("f"), Create)

@@ -112,6 +112,21 @@ func (f *memFile) WriteVecAt(bufs [][]byte, off int64) (int, error) {
 	return done, nil
 }
 
+// WriteParts implements File, the last part first: whoever relies on an order
+// relies on the other one.
+func (f *memFile) WriteParts(parts []Part) (int, error) {
+	done := 0
+	for i := range parts {
+		p := &parts[len(parts)-1-i]
+		n, err := f.WriteVecAt(p.Bufs, p.Off)
+		done += n
+		if err != nil {
+			return done, err
+		}
+	}
+	return done, nil
+}
+
 // Close implements io.Closer. It works on a killed instance too.
 func (f *memFile) Close() error {
 	f.m.mu.Lock()

@@ -68,7 +68,7 @@ func (osFS) Open(name string, flags OpenFlag) (File, error) {
 	if flags&Direct != 0 {
 		setDirect(fd)
 	}
-	return newOSFile(fd, name)
+	return newOSFile(fd, name, flags&Direct != 0)
 }
 
 // setDirect switches direct I/O on where the file system can; elsewhere the

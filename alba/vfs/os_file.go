@@ -13,12 +13,13 @@ import (
 // osFile is an open host file. The lock keeps Close from giving the descriptor's
 // number to another file while a call is under way; calls share it.
 type osFile struct {
-	mu   sync.RWMutex
-	fd   int // -1 once closed
-	name string
+	mu     sync.RWMutex
+	fd     int // -1 once closed
+	name   string
+	direct bool // opened for direct I/O, whether or not the file system can
 }
 
-func newOSFile(fd int, name string) (File, error) {
+func newOSFile(fd int, name string, direct bool) (File, error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		unix.Close(fd)
@@ -28,7 +29,7 @@ func newOSFile(fd int, name string) (File, error) {
 		unix.Close(fd)
 		return nil, pathError("open", name, unix.EISDIR)
 	}
-	return &osFile{fd: fd, name: name}, nil
+	return &osFile{fd: fd, name: name, direct: direct}, nil
 }
 
 // do runs a call on the descriptor.
@@ -59,6 +60,11 @@ func (f *osFile) WriteVecAt(bufs [][]byte, off int64) (int, error) {
 	if f.fd < 0 {
 		return 0, pathError("write", f.name, fs.ErrClosed)
 	}
+	return f.writeVec(bufs, off)
+}
+
+// writeVec needs f.mu.
+func (f *osFile) writeVec(bufs [][]byte, off int64) (int, error) {
 	rest := slices.Clone(bufs)
 	n := 0
 	for len(rest) > 0 {
@@ -79,6 +85,55 @@ func (f *osFile) WriteVecAt(bufs [][]byte, off int64) (int, error) {
 		}
 	}
 	return n, nil
+}
+
+// WriteParts implements File. What could not be submitted, was interrupted or was
+// written in part only is written again, one part after the other: that gives
+// the error its usual meaning.
+func (f *osFile) WriteParts(parts []Part) (int, error) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.fd < 0 {
+		return 0, pathError("write", f.name, fs.ErrClosed)
+	}
+	total := 0
+	for len(parts) > 0 {
+		n := min(len(parts), aioDepth)
+		results := f.writeTogether(parts[:n])
+		for i := range parts[:n] {
+			p := &parts[i]
+			want := int64(0)
+			for _, b := range p.Bufs {
+				want += int64(len(b))
+			}
+			if results[i] == want {
+				total += int(want)
+				continue
+			}
+			k, err := f.writeVec(p.Bufs, p.Off)
+			total += k
+			if err != nil {
+				return total, err
+			}
+		}
+		parts = parts[n:]
+	}
+	return total, nil
+}
+
+// writeTogether has parts under way at the same time if that is of use. It
+// returns, for each, the bytes written, or anything less than 1.
+func (f *osFile) writeTogether(parts []Part) (results [aioDepth]int64) {
+	if len(parts) < 2 || !f.direct {
+		return results
+	}
+	c := takeAIO()
+	if c == nil {
+		return results
+	}
+	defer c.giveBack()
+	_, results = c.write(f.fd, parts)
+	return results
 }
 
 // ReadAt implements io.ReaderAt.

@@ -85,6 +85,12 @@ type File interface {
 	// WriteVecAt writes bufs one behind the other from off on, with one call to
 	// the disk where that is possible. It returns the bytes written.
 	WriteVecAt(bufs [][]byte, off int64) (int, error)
+	// WriteParts writes several parts of the file, under way at the same time
+	// where the file is Direct and the host can do that. They must not overlap,
+	// and no order between them may be relied upon; after an error, any of them
+	// may have been written, or a piece of it. It returns the bytes known to be
+	// written.
+	WriteParts(parts []Part) (int, error)
 	Size() (int64, error)
 	Truncate(size int64) error
 	// Allocate reserves room for [off, off+length) so that later writes there
@@ -99,6 +105,13 @@ type File interface {
 	StartWriteback(off, length int64) error
 	// DropCache tells the page cache that [off, off+length) won't be needed soon.
 	DropCache(off, length int64) error
+}
+
+// Part is what WriteParts writes in one place: Bufs one behind the other from
+// byte Off on.
+type Part struct {
+	Bufs [][]byte
+	Off  int64
 }
 
 // Mapping is memory shared with a file.

@@ -21,7 +21,10 @@
 // that finds nothing to do is polled for its window, then asks the peer for
 // kicks and becomes inactive. The window doubles when polling finds work and
 // shrinks to nothing when it does not, as is the case when the client shares
-// the CPU; then, seldom, a single window probes whether that changed. Time
+// the CPU; then, seldom, a single window probes whether that changed. Waits with
+// requests at the device have a window of their own: whether polling pays then
+// depends on how long the device takes. A queue is polled anew after answers that
+// came late, because the peer's next request is near. Time
 // polled in vain is bounded by Config.PollCPU. With no active queue the worker
 // sleeps in epoll_wait.
 //

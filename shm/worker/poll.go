@@ -1,6 +1,6 @@
 package worker
 
-// pollState is a queue's part in adaptive polling; see the package doc.
+// pollState is the adaptive polling of one kind of wait; see the package doc.
 type pollState struct {
 	window     int64 // ns to poll after the last request
 	idleFrom   int64 // worker's clock at the first pass in vain; 0: busy
@@ -47,4 +47,49 @@ func (p *pollState) expired(limit int64) bool {
 	}
 	p.idleFrom, p.probing = 0, false
 	return polled
+}
+
+// polling is what a queue learns about its two kinds of waits: for the peer's
+// next request, and for the device to end one. open is the wait that goes on; nil
+// while the queue is busy.
+type polling struct {
+	peer, device pollState
+	open         *pollState
+}
+
+func newPolling(limit int64) polling {
+	fresh := pollState{window: limit, probeEvery: probeMin}
+	return polling{peer: fresh, device: fresh}
+}
+
+// begin opens a wait, unless one is open.
+func (p *polling) begin(now, limit int64, budget, device bool) {
+	if p.open != nil {
+		return
+	}
+	p.open = &p.peer
+	if device {
+		p.open = &p.device
+	}
+	p.open.begin(now, limit, budget)
+}
+
+// found ends an open wait and reports whether there was one.
+func (p *polling) found(limit int64) bool {
+	if p.open == nil {
+		return false
+	}
+	p.open.found(limit)
+	p.open = nil
+	return true
+}
+
+// expired ends the open wait if its time is over. missed: it had been polled for.
+func (p *polling) expired(now, limit int64) (over, missed bool) {
+	if now < p.open.deadline {
+		return false, false
+	}
+	missed = p.open.expired(limit)
+	p.open = nil
+	return true, missed
 }

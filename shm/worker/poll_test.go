@@ -45,6 +45,33 @@ func TestPollWindowAdapts(t *testing.T) {
 	}
 }
 
+// A device that takes longer than polling lasts ends polling for it, but not
+// polling for the peer.
+func TestPollDeviceApart(t *testing.T) {
+	const limit = 50_000
+	p := newPolling(limit)
+	polled := 0
+	for range 1000 {
+		p.begin(1, limit, true, true)
+		if p.open.deadline > 1 {
+			polled++
+		}
+		if over, _ := p.expired(1+2*limit, limit); !over {
+			t.Fatal("a wait goes on after its time")
+		}
+		p.begin(1, limit, true, false) // the answer has come
+		if over, _ := p.expired(1+limit-1, limit); over {
+			t.Fatal("the peer is not polled for as long as that pays")
+		}
+		if !p.found(limit) || p.found(limit) {
+			t.Fatal("want one hit for one wait")
+		}
+	}
+	if polled > 100 {
+		t.Fatalf("polled %d times of 1000 for a device that is too slow for that", polled)
+	}
+}
+
 func TestPollBudget(t *testing.T) {
 	w := &Worker{pollCPU: 0.25, tokens: pollBurst}
 	spent := int64(0)

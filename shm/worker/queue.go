@@ -96,7 +96,7 @@ type Queue struct {
 	drained  chan struct{}
 	draining bool
 
-	poll pollState
+	poll polling
 }
 
 // NewQueue makes a queue of at most num requests at once on the worker that has
@@ -329,9 +329,13 @@ func (q *Queue) ended(s *Slot) {
 	}
 }
 
-// publish shows and signals what ended asynchronously.
+// publish shows and signals what ended asynchronously. The queue is looked at
+// next: the peer need not kick for what it adds when it sees the answers.
 func (q *Queue) publish() {
 	if !q.broken {
+		if q.active {
+			q.ring.DisableNotify()
+		}
 		q.ring.Publish()
 		q.signal()
 	}

@@ -238,6 +238,11 @@ func (w *Worker) takeCompleted() {
 	}
 	for _, q := range w.touched {
 		q.touched = false
+		if q.poll.found(w.pollMax) {
+			q.count.hits.Add(1)
+		}
+		// Who gets an answer is likely to ask again.
+		w.activate(q)
 		w.publishGuarded(q)
 		q.checkDrained()
 	}
@@ -271,8 +276,7 @@ func (w *Worker) serveActive() (progress bool) {
 		w.current = q
 		if q.serve() > 0 {
 			progress = true
-			if q.poll.idleFrom != 0 {
-				q.poll.found(w.pollMax)
+			if q.poll.found(w.pollMax) {
 				q.count.hits.Add(1)
 			}
 		}
@@ -330,14 +334,13 @@ func (w *Worker) idlePass() {
 	defer w.recoverFault()
 	for i := 0; i < len(w.active); {
 		q := w.active[i]
-		if q.poll.idleFrom == 0 {
-			q.poll.begin(now, w.pollMax, budget)
-		}
-		if now < q.poll.deadline {
+		q.poll.begin(now, w.pollMax, budget, q.outstanding > 0)
+		over, missed := q.poll.expired(now, w.pollMax)
+		if !over {
 			i++
 			continue
 		}
-		if q.poll.expired(w.pollMax) {
+		if missed {
 			q.count.misses.Add(1)
 		}
 		w.current = q
@@ -364,7 +367,7 @@ func (w *Worker) activate(q *Queue) {
 	if q.active || q.paused {
 		return
 	}
-	q.active, q.poll.idleFrom = true, 0
+	q.active, q.poll.open = true, nil
 	w.active = append(w.active, q)
 }
 
@@ -423,7 +426,7 @@ func (w *Worker) add(q *Queue, kick int) error {
 		return err
 	}
 	w.queues[q.id] = q
-	q.poll.window, q.poll.probeEvery = w.pollMax, probeMin
+	q.poll = newPolling(w.pollMax)
 	w.activate(q)
 	return nil
 }

@@ -62,6 +62,7 @@ type Queue struct {
 	signalled   uint16 // usedIdx when the driver was last considered for a signal
 	everSignals bool   // signalled is valid
 	usedFlags   uint16
+	armed       bool // EnableNotify was called last, not DisableNotify; with EVENT_IDX
 
 	busy  []bool // by head: taken and not yet pushed
 	inuse int
@@ -318,10 +319,21 @@ func (q *Queue) NeedSignal() bool {
 	return q.loadAvailFlags()&AvailNoInterrupt == 0
 }
 
-// DisableNotify tells the driver not to kick. It is a hint; with EVENT_IDX
-// there is nothing to do, because the event stays behind.
+// DisableNotify tells the driver not to kick. It is a hint. With EVENT_IDX there
+// is something to do only if the event that EnableNotify asked for has not come:
+// else it stays behind by itself.
 func (q *Queue) DisableNotify() {
-	if !q.eventIdx && q.usedFlags == 0 {
+	if q.eventIdx {
+		if q.armed && q.loadAvailIdx() == q.lastAvail {
+			q.storeAvailEvent(q.lastAvail-1, &q.fence)
+			if q.usedLog != nil {
+				q.usedLog(4+usedElemBytes*q.num, 2)
+			}
+		}
+		q.armed = false
+		return
+	}
+	if q.usedFlags == 0 {
 		q.usedFlags = UsedNoNotify
 		q.storeUsedHead(q.usedFlags, q.usedIdx)
 		if q.usedLog != nil {
@@ -337,6 +349,7 @@ func (q *Queue) EnableNotify() bool {
 	off, n := 0, 4
 	if q.eventIdx {
 		q.storeAvailEvent(q.lastAvail, &q.fence)
+		q.armed = true
 		off, n = 4+usedElemBytes*q.num, 2
 	} else {
 		q.usedFlags = 0
