@@ -39,6 +39,7 @@ const (
 	MaxAsserts        = 1024     // asserts of one Apply
 	MaxUpdates        = 1024     // updates of one Apply
 	MaxAssertBytes    = 64 << 10 // length of the value of an AssertValue
+	MaxAssertsBytes   = 4 << 20  // length of the values of all AssertValues of one Apply together
 
 	DefaultBlockSize = 4096    // bytes
 	MinBlockSize     = 512     // bytes

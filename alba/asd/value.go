@@ -41,9 +41,22 @@ func (v *Value) block(i int) []byte {
 	return v.Data[i*v.BlockSize : min((i+1)*v.BlockSize, len(v.Data))]
 }
 
-// Check verifies the data against the checksums: a *CorruptError names the first
-// bad block of key; ErrInvalid if sizes are out of range.
+// Check verifies the sizes (CheckSizes) and the data against the checksums: a
+// *CorruptError names the first bad block of key.
 func (v *Value) Check(key string) error {
+	if err := v.CheckSizes(key); err != nil {
+		return err
+	}
+	for i, want := range v.CRCs {
+		if b := v.block(i); CRC(b) != want {
+			return &CorruptError{Key: key, Off: int64(i) * int64(v.BlockSize), Size: int64(len(b)), Reason: "fails its checksum"}
+		}
+	}
+	return nil
+}
+
+// CheckSizes returns ErrInvalid if sizes are out of range or don't agree.
+func (v *Value) CheckSizes(key string) error {
 	switch {
 	case v.BlockSize < MinBlockSize || v.BlockSize > MaxBlockSize:
 		return fmt.Errorf("%w: key %q: block size %d, want %d to %d", ErrInvalid, key, v.BlockSize, MinBlockSize, MaxBlockSize)
@@ -51,11 +64,6 @@ func (v *Value) Check(key string) error {
 		return fmt.Errorf("%w: key %q: value of %d bytes, want at most %d", ErrInvalid, key, len(v.Data), MaxValueBytes)
 	case len(v.CRCs) != Blocks(int64(len(v.Data)), v.BlockSize):
 		return fmt.Errorf("%w: key %q: %d checksums for %d blocks", ErrInvalid, key, len(v.CRCs), Blocks(int64(len(v.Data)), v.BlockSize))
-	}
-	for i, want := range v.CRCs {
-		if b := v.block(i); CRC(b) != want {
-			return &CorruptError{Key: key, Off: int64(i) * int64(v.BlockSize), Size: int64(len(b)), Reason: "fails its checksum"}
-		}
 	}
 	return nil
 }

@@ -55,9 +55,17 @@ func (d *Disk) Apply(ctx context.Context, asserts []asd.Assert, updates []asd.Up
 }
 
 func (d *Disk) apply(ctx context.Context, asserts []asd.Assert, updates []asd.Update, pri asd.Priority) error {
-	putBytes, err := checkApply(asserts, updates)
-	if err != nil {
+	if err := asd.CheckApply(asserts, updates); err != nil {
 		return err
+	}
+	puts := false
+	for i := range updates {
+		if u := &updates[i]; u.Kind == asd.KindPut {
+			puts = true
+			if err := u.Value.Check(u.Key); err != nil {
+				return fmt.Errorf("update %d: %w", i, err)
+			}
+		}
 	}
 	if err := d.failErr(); err != nil {
 		return err
@@ -65,7 +73,7 @@ func (d *Disk) apply(ctx context.Context, asserts []asd.Assert, updates []asd.Up
 	if err := d.checkEarly(asserts); err != nil {
 		return err
 	}
-	if putBytes >= 0 {
+	if puts {
 		room := roomFor(updates)
 		d.inFlight.Add(room)
 		defer d.inFlight.Add(-room)
@@ -114,61 +122,6 @@ func (d *Disk) commit(ctx context.Context, req *applyReq) error {
 			return d.failErr()
 		}
 	}
-}
-
-// checkApply checks limits and checksums. putBytes is -1 if nothing is put.
-func checkApply(asserts []asd.Assert, updates []asd.Update) (putBytes int64, err error) {
-	if len(asserts) > asd.MaxAsserts || len(updates) > asd.MaxUpdates {
-		return 0, fmt.Errorf("%w: %d asserts and %d updates, want at most %d and %d", asd.ErrInvalid, len(asserts), len(updates), asd.MaxAsserts, asd.MaxUpdates)
-	}
-	for i := range asserts {
-		a := &asserts[i]
-		switch a.Kind {
-		case asd.KindAssertAbsent, asd.KindAssertSum, asd.KindAssertValue:
-			err = checkKey(a.Key)
-		case asd.KindAssertEpoch:
-			err = checkNamespace(a.Key)
-		default:
-			err = fmt.Errorf("%w: assert of kind %d", asd.ErrInvalid, a.Kind)
-		}
-		if err == nil && len(a.Data) > asd.MaxAssertBytes {
-			err = fmt.Errorf("%w: value of %d bytes in an assert, want at most %d", asd.ErrInvalid, len(a.Data), asd.MaxAssertBytes)
-		}
-		if err != nil {
-			return 0, fmt.Errorf("assert %d: %w", i, err)
-		}
-	}
-	putBytes = -1
-	for i := range updates {
-		u := &updates[i]
-		switch u.Kind {
-		case asd.KindPut:
-			if err = checkKey(u.Key); err == nil {
-				err = u.Value.Check(u.Key)
-			}
-			putBytes = max(putBytes, 0) + int64(len(u.Value.Data))
-		case asd.KindDelete:
-			err = checkKey(u.Key)
-		case asd.KindRaiseEpoch:
-			err = checkNamespace(u.Key)
-		default:
-			err = fmt.Errorf("%w: update of kind %d", asd.ErrInvalid, u.Kind)
-		}
-		if err == nil && putBytes > asd.MaxValueBytes {
-			err = fmt.Errorf("%w: values of more than %d bytes together", asd.ErrInvalid, asd.MaxValueBytes)
-		}
-		if err != nil {
-			return 0, fmt.Errorf("update %d: %w", i, err)
-		}
-	}
-	return putBytes, nil
-}
-
-func checkNamespace(ns string) error {
-	if len(ns) == 0 || len(ns) > asd.MaxNamespaceBytes {
-		return fmt.Errorf("%w: namespace of %d bytes, want 1 to %d", asd.ErrInvalid, len(ns), asd.MaxNamespaceBytes)
-	}
-	return nil
 }
 
 // checkEarly refuses a stale owner before its data is written. The check that

@@ -48,12 +48,9 @@ func (d *Disk) scan(prefix byte, from, to string, fn func(name string, value []b
 
 // Range implements asd.Client.
 func (d *Disk) Range(ctx context.Context, req asd.RangeRequest, pri asd.Priority) (asd.RangeResult, error) {
-	if len(req.From) > asd.MaxKeyBytes || len(req.To) > asd.MaxKeyBytes {
-		return asd.RangeResult{}, fmt.Errorf("%w: range of keys longer than %d bytes", asd.ErrInvalid, asd.MaxKeyBytes)
-	}
-	limit := req.Limit
-	if limit <= 0 || limit > asd.MaxKeys {
-		limit = asd.MaxKeys
+	limit, err := asd.CheckRange(&req)
+	if err != nil {
+		return asd.RangeResult{}, err
 	}
 	var res asd.RangeResult
 	if req.To != "" && req.From >= req.To {

@@ -20,7 +20,7 @@ const readAttempts = 16
 // withRecord calls fn with the record of a key, whose slices are valid during
 // the call. If fn returns errRetry the record is read again.
 func (d *Disk) withRecord(key string, fn func(*record) error) error {
-	if err := checkKey(key); err != nil {
+	if err := asd.CheckKey(key); err != nil {
 		return err
 	}
 	var last uint64
@@ -160,8 +160,8 @@ func (d *Disk) ReadAt(ctx context.Context, key string, p []byte, off int64, pri 
 		return asd.ReadInfo{}, err
 	}
 	defer end()
-	if off < 0 || off > asd.MaxValueBytes {
-		return asd.ReadInfo{}, fmt.Errorf("%w: key %q: offset %d, want 0 to %d", asd.ErrInvalid, key, off, asd.MaxValueBytes)
+	if err := asd.CheckSpan(key, off, int64(len(p))); err != nil {
+		return asd.ReadInfo{}, err
 	}
 	var info asd.ReadInfo
 	err = d.withRecord(key, func(rec *record) error {
@@ -198,8 +198,8 @@ func (d *Disk) ReadBlocks(ctx context.Context, key string, buf []byte, off, size
 		return nil, asd.ReadInfo{}, err
 	}
 	defer end()
-	if off < 0 || size < 0 || off > asd.MaxValueBytes || size > asd.MaxValueBytes {
-		return nil, asd.ReadInfo{}, fmt.Errorf("%w: key %q: %d bytes at %d, want both from 0 to %d", asd.ErrInvalid, key, size, off, asd.MaxValueBytes)
+	if err := asd.CheckSpan(key, off, size); err != nil {
+		return nil, asd.ReadInfo{}, err
 	}
 	var info asd.ReadInfo
 	var data []byte
@@ -267,7 +267,7 @@ func (d *Disk) Get(ctx context.Context, key string, pri asd.Priority) (asd.Value
 
 // MultiGet implements asd.Client.
 func (d *Disk) MultiGet(ctx context.Context, keys []string, pri asd.Priority) ([]asd.Result, error) {
-	if err := checkKeys(keys); err != nil {
+	if err := asd.CheckKeys(keys); err != nil {
 		return nil, err
 	}
 	end, err := d.begin(ctx, pri)
@@ -296,7 +296,7 @@ func (d *Disk) MultiGet(ctx context.Context, keys []string, pri asd.Priority) ([
 
 // Exists implements asd.Client.
 func (d *Disk) Exists(ctx context.Context, keys []string, pri asd.Priority) ([]asd.Info, error) {
-	if err := checkKeys(keys); err != nil {
+	if err := asd.CheckKeys(keys); err != nil {
 		return nil, err
 	}
 	end, err := d.begin(ctx, pri)
@@ -316,23 +316,4 @@ func (d *Disk) Exists(ctx context.Context, keys []string, pri asd.Priority) ([]a
 		}
 	}
 	return infos, nil
-}
-
-func checkKey(key string) error {
-	if len(key) == 0 || len(key) > asd.MaxKeyBytes {
-		return fmt.Errorf("%w: key of %d bytes, want 1 to %d", asd.ErrInvalid, len(key), asd.MaxKeyBytes)
-	}
-	return nil
-}
-
-func checkKeys(keys []string) error {
-	if len(keys) > asd.MaxKeys {
-		return fmt.Errorf("%w: %d keys, want at most %d", asd.ErrInvalid, len(keys), asd.MaxKeys)
-	}
-	for _, key := range keys {
-		if err := checkKey(key); err != nil {
-			return err
-		}
-	}
-	return nil
 }

@@ -22,12 +22,26 @@ const (
 	cursorTable = "t"
 )
 
+const (
+	// verifyKeyCost in bytes is what a key counts besides its value, so that a
+	// stretch of small ones ends as well.
+	verifyKeyCost = 512
+	// maxBad entries end a stretch; maxBadOfKey of one key become one.
+	maxBad      = 1024
+	maxBadOfKey = 64
+)
+
 // verifier is one call of Verify.
 type verifier struct {
-	d   *Disk
-	max int64
-	res asd.VerifyResult
+	d     *Disk
+	max   int64
+	cost  int64
+	ofKey int // entries of the last key in res.Bad
+	res   asd.VerifyResult
 }
+
+// full says that the stretch is long enough.
+func (v *verifier) full() bool { return v.res.Bytes+v.cost >= v.max || len(v.res.Bad) >= maxBad }
 
 // Verify implements asd.Client. It runs at PriorityRepair, one value at a time.
 func (d *Disk) Verify(ctx context.Context, req asd.VerifyRequest) (asd.VerifyResult, error) {
@@ -73,7 +87,7 @@ func (v *verifier) values(ctx context.Context, from string) error {
 			v.bad("", err)
 		}
 		for i, key := range keys {
-			if v.res.Bytes >= v.max {
+			if v.full() {
 				v.res.Next = cursorKey + keys[i]
 				return nil
 			}
@@ -116,6 +130,7 @@ func (v *verifier) value(ctx context.Context, key string) error {
 	defer v.d.gate.release(asd.PriorityRepair)
 	err := v.d.withRecord(key, func(rec *record) error {
 		v.res.Keys++
+		v.cost += verifyKeyCost
 		v.res.Bytes += rec.size
 		if rec.fileID == 0 {
 			return v.inline(key, rec)
@@ -179,19 +194,22 @@ func (v *verifier) blocks(h *handle, key string, p []byte, off int64) {
 	}
 }
 
-// bad notes damage; neighbouring blocks become one entry.
+// bad notes damage; neighbouring blocks become one entry, and so does the rest
+// of a value that is damaged in very many places.
 func (v *verifier) bad(key string, err error) {
 	b := asd.BadBlocks{Key: key, Reason: err.Error()}
 	var c *asd.CorruptError
 	if errors.As(err, &c) && key != "" {
 		b.Off, b.Size, b.Reason = c.Off, c.Size, c.Reason
 	}
-	if n := len(v.res.Bad); n > 0 && b.Size > 0 {
-		if last := &v.res.Bad[n-1]; last.Key == key && last.Off+last.Size == b.Off && last.Reason == b.Reason {
-			last.Size += b.Size
-			return
-		}
+	n := len(v.res.Bad)
+	if n == 0 || v.res.Bad[n-1].Key != key || key == "" {
+		v.ofKey = 0
+	} else if last := &v.res.Bad[n-1]; b.Size > 0 && (last.Off+last.Size == b.Off || v.ofKey >= maxBadOfKey) {
+		last.Size = b.Off + b.Size - last.Off
+		return
 	}
+	v.ofKey++
 	v.res.Bad = append(v.res.Bad, b)
 }
 
@@ -212,7 +230,7 @@ func (v *verifier) tables(ctx context.Context, from string) error {
 		if name < from {
 			continue
 		}
-		if v.res.Bytes >= v.max {
+		if v.full() {
 			v.res.Next = cursorTable + name
 			return nil
 		}
