@@ -73,6 +73,9 @@ func (daemon) Volumes(context.Context, string) ([]control.Volume, error) {
 	busy := volume("fast/db")
 	busy.Open, busy.UsedBy, busy.Size = true, "vhost 3", 3<<39
 	busy.LastDisconnect, busy.LastDisconnectTime = "ring 0: descriptor chain loops", created
+	busy.Snapshots, busy.Parent, busy.Clones, busy.Template = 2, "default/golden@v1", []string{"default/a", "default/b"}, true
+	busy.Incomplete = &control.Incomplete{Kind: "receive", Position: 4096, Resumable: true}
+	busy.Space = &control.Space{Live: 1 << 30, Snapshots: 1 << 29, Garbage: 1 << 20, Overhead: 4096, Inherited: 1 << 28}
 	busy.Conditions = []control.Condition{{Code: "disk-full", Message: "no room"}, {Code: "throttled", Message: "slow"}}
 	return []control.Volume{volume("default/vm1"), busy}, nil
 }
@@ -102,10 +105,10 @@ func (daemon) CreateVolume(_ context.Context, req control.CreateVolume) (control
 	return v, nil
 }
 
-func (d daemon) ResizeVolume(ctx context.Context, name string, size uint64) (control.Volume, error) {
+func (d daemon) ResizeVolume(ctx context.Context, name string, size uint64, force bool) (control.Volume, error) {
 	v, err := d.Volume(ctx, name)
-	if size < v.Size {
-		return v, control.Errorf(control.CodeInvalid, "volume %s: volumes only grow", name)
+	if size < v.Size && !force {
+		return v, control.Errorf(control.CodeNeedsForce, "volume %s: 4KiB that are written there would be lost", name)
 	}
 	v.Size = size
 	return v, err
@@ -115,12 +118,12 @@ func (d daemon) Stats(ctx context.Context, name string) (control.VolumeStats, er
 	v, err := d.Volume(ctx, name)
 	return control.VolumeStats{
 		Name: name, Ops: map[string]control.OpStats{"read": {Count: 10, Bytes: 40960}, "write": {Count: 5, Bytes: 5 << 20, Errors: 1}},
-		Space:    control.Space{Live: 1 << 30, Garbage: 1 << 20, Overhead: 4096, Local: 2 << 30, Store: 1 << 30},
+		Space:    control.Space{Live: 1 << 30, Snapshots: 1 << 29, Garbage: 1 << 20, Overhead: 4096, Local: 2 << 30, Store: 1 << 30},
 		Counters: map[string]uint64{"sync_count": 7, "checksum_errors": 0}, Conditions: v.Conditions,
 	}, err
 }
 
-func (d daemon) CheckDelete(ctx context.Context, name string) error {
+func (d daemon) CheckDelete(ctx context.Context, name string, _ bool) error {
 	v, err := d.Volume(ctx, name)
 	if v.UsedBy != "" {
 		return control.Errorf(control.CodeInUse, "volume %s is in use by %s", name, v.UsedBy)
@@ -128,7 +131,7 @@ func (d daemon) CheckDelete(ctx context.Context, name string) error {
 	return err
 }
 
-func (daemon) DeleteVolume(context.Context, string, control.Progress) error { return nil }
+func (daemon) DeleteVolume(context.Context, string, bool, control.Progress) error { return nil }
 
 func (daemon) CheckVolume(_ context.Context, name string, p control.Progress) (control.CheckReport, error) {
 	p(1, 2)
@@ -194,6 +197,18 @@ func TestGoldenOutput(t *testing.T) {
 		{"volume-stats", "volume stats vm1", 0},
 		{"volume-delete", "volume delete vm1", 0},
 		{"volume-check", "volume check vm1", 0},
+		{"volume-resize-force", "volume resize vm1 1G --force", 0},
+		{"volume-clone", "volume clone vm1@s c1 --size 20G", 0},
+		{"volume-clone-many", "volume clone fast/db c1 fast/c2", 0},
+		{"volume-template", "volume template vm1", 0},
+		{"snapshot-create", "snapshot create vm1@s --meta b=2 --meta a=1", 0},
+		{"snapshot-list", "snapshot list vm1", 0},
+		{"snapshot-show", "snapshot show vm1@monday", 0},
+		{"snapshot-rename", "snapshot rename vm1@monday first", 0},
+		{"snapshot-delete", "snapshot delete vm1@monday", 0},
+		{"snapshot-rollback", "snapshot rollback vm1@monday --force", 0},
+		{"volume-receive-position", "volume receive fast/db --position", 0},
+		{"volume-receive-abort", "volume receive fast/db --abort", 0},
 		{"volume-check-problems", "volume check fast/db", 5},
 		{"volume-set", "volume set vm1 --serial S2 --read-only", 0},
 		{"volume-limit", "volume limit vm1", 0},
@@ -249,7 +264,7 @@ func TestExitCodes(t *testing.T) {
 		{"volume create v --size -1", 2, "must be a number of bytes"},
 		{"volume create v --size 1G --colour red", 2, "unknown flag"},
 		{"volume create a/b/c --size 1G", 2, "POOL/VOLUME"},
-		{"volume resize vm1 1G", 2, "only grow"},
+		{"volume resize vm1 1G", 6, "would be lost"},
 		{"volume set vm1", 2, "--serial or --read-only"},
 		{"volume set fast/db --read-only", 4, "in use by vhost 3"},
 		{"volume limit vm1 --read-iops many", 2, "number of requests"},
@@ -260,6 +275,22 @@ func TestExitCodes(t *testing.T) {
 		{"pool limit nosuch --iops 5", 3, "no pool"},
 		{"volume resize vm1 big", 2, "powers of 1024"},
 		{"volume list -o xml", 2, "table or json"},
+		{"snapshot create vm1", 2, "must be VOLUME@SNAPSHOT"},
+		{"snapshot create vm1@a --meta x", 2, "must be formatted as key=value"},
+		{"snapshot create vm1@a --quiesce-timeout 0s", 2, "must be positive"},
+		{"snapshot create vm1@there", 1, "exists already"},
+		{"snapshot rollback vm1@monday", 6, "tuesday"},
+		{"snapshot delete vm1@nosuch", 3, "no snapshot"},
+		{"volume clone vm1@s", 2, "at least one name"},
+		{"volume clone vm1@s a b --serial X", 2, "for one clone"},
+		{"volume export vm1 f --format tar", 2, "raw, qcow2 or stream"},
+		{"volume export vm1 f --since monday", 2, "needs a snapshot"},
+		{"volume export vm1@s - --format qcow2", 2, "name a file"},
+		{"volume export vm1 /etc/passwd", 2, "--overwrite"},
+		{"volume export vm1 f --format raw --start 4096", 2, "are for --format stream"},
+		{"volume receive", 2, "takes [POOL/]NAME"},
+		{"volume receive vm1 --position", 2, "not being received"},
+		{"volume receive vm1 /nosuch", 1, "no such file"},
 		{"volume frobnicate", 2, "unknown command"},
 		{"frobnicate", 2, "unknown command"},
 		{"pool delete default", 4, "2 volumes"},

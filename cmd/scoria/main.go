@@ -24,6 +24,7 @@ const (
 	exitNotFound = 3
 	exitInUse    = 4
 	exitProblems = 5
+	exitForce    = 6
 )
 
 func main() {
@@ -60,6 +61,8 @@ func exitCode(err error) int {
 		return exitNotFound
 	case control.CodeInUse:
 		return exitInUse
+	case control.CodeNeedsForce:
+		return exitForce
 	}
 	return exitFailure
 }

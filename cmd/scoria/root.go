@@ -30,12 +30,12 @@ func (a *app) command() *cobra.Command {
 		Short: "Manage Scoria volumes on this host",
 		Long: `scoria manages the volumes that the daemon scoriad serves to virtual machines.
 
-Volumes are named POOL/VOLUME; VOLUME alone means default/VOLUME. Names have 1 to
-63 of a-z, 0-9, '.', '_' and '-', and begin with a letter or digit. Sizes are in
+Volumes are named POOL/VOLUME; VOLUME alone means default/VOLUME; VOLUME@SNAPSHOT is a
+snapshot. Names have 1 to 63 of a-z, 0-9, '.', '_' and '-', and begin with a letter or digit. Sizes are in
 bytes or take K, M, G and T, which are powers of 1024.
 
 Exit status: 0 success, 1 failure, 2 wrong usage or value, 3 not found, 4 in use,
-5 a check found problems.`,
+5 a check found problems, 6 something would be lost, which --force allows.`,
 		Version: version, SilenceUsage: true, SilenceErrors: true,
 		Args: cobra.ArbitraryArgs, RunE: groupRun,
 		PersistentPreRunE: func(*cobra.Command, []string) error {
@@ -52,7 +52,7 @@ Exit status: 0 success, 1 failure, 2 wrong usage or value, 3 not found, 4 in use
 	root.PersistentFlags().StringVarP(&a.output, "output", "o", "table", "output format: table or json")
 	root.PersistentFlags().BoolVarP(&a.quiet, "quiet", "q", false, "show no progress")
 	must(root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp)))
-	root.AddCommand(a.volumeCommand(), a.poolCommand(), a.jobCommand(), a.statusCommand(), a.benchCommand(), a.docsCommand())
+	root.AddCommand(a.volumeCommand(), a.snapshotCommand(), a.poolCommand(), a.jobCommand(), a.statusCommand(), a.benchCommand(), a.docsCommand())
 	return root
 }
 

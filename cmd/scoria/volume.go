@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -13,8 +14,9 @@ import (
 )
 
 func (a *app) volumeCommand() *cobra.Command {
-	cmd := group("volume", "Create, list, resize, check and delete volumes",
-		a.volumeCreate(), a.volumeList(), a.volumeShow(), a.volumeStats(), a.volumeResize(), a.volumeDelete(), a.volumeCheck(), a.volumeSet(), a.volumeLimit())
+	cmd := group("volume", "Create, clone, list, resize, check, move and delete volumes",
+		a.volumeCreate(), a.volumeList(), a.volumeShow(), a.volumeStats(), a.volumeResize(), a.volumeDelete(), a.volumeCheck(),
+		a.volumeClone(), a.volumeTemplate(), a.volumeFlatten(), a.volumeImport(), a.volumeExport(), a.volumeReceive(), a.volumeSet(), a.volumeLimit())
 	cmd.Aliases = []string{"vol"}
 	return cmd
 }
@@ -90,7 +92,10 @@ func (a *app) volumeList() *cobra.Command {
 
 // state adds whether the daemon has a ready volume in memory.
 func state(v *control.Volume) string {
-	if v.State == "ready" && v.Open {
+	switch {
+	case v.Incomplete != nil:
+		return "incomplete"
+	case v.State == "ready" && v.Open:
 		return "open"
 	}
 	return v.State
@@ -108,6 +113,12 @@ func (a *app) volumeShow() *cobra.Command {
 			v, err := a.client().Volume(cmd.Context(), name)
 			if err != nil {
 				return err
+			}
+			if v.Space == nil && v.State == "ready" && v.Incomplete == nil {
+				// The daemon opens it for that; why it can't is among the conditions.
+				if st, err := a.client().Stats(cmd.Context(), name); err == nil {
+					v.Space = &st.Space
+				}
 			}
 			return a.print(v, func(w *tabwriter.Writer) { showVolume(w, &v) })
 		},
@@ -128,10 +139,29 @@ func showVolume(w *tabwriter.Writer, v *control.Volume) {
 	row(w, "created", printTime(v.Created))
 	row(w, "vhost socket", v.Socket)
 	row(w, "nbd", v.NBD)
+	showFamily(w, v)
 	if v.LastDisconnect != "" {
 		row(w, "disconnected", fmt.Sprintf("%s, for: %s", printTime(v.LastDisconnectTime), v.LastDisconnect))
 	}
 	printConditions(w, v.Conditions)
+}
+
+// showFamily shows what a volume has to do with others, and its space.
+func showFamily(w *tabwriter.Writer, v *control.Volume) {
+	row(w, "template", yesNo(v.Template))
+	row(w, "snapshots", v.Snapshots)
+	row(w, "parent", v.Parent)
+	row(w, "clones", strings.Join(v.Clones, " "))
+	if i := v.Incomplete; i != nil {
+		row(w, "incomplete", fmt.Sprintf("%s, at byte %d", i.Kind, i.Position))
+	}
+	if s := v.Space; s != nil {
+		row(w, "space", fmt.Sprintf("%s live, %s snapshots, %s garbage, %s overhead",
+			formatSize(s.Live), formatSize(s.Snapshots), formatSize(s.Garbage), formatSize(s.Overhead)))
+		if s.Inherited > 0 {
+			row(w, "inherited", formatSize(s.Inherited)+" of the live space, from its ancestors")
+		}
+	}
 }
 
 func (a *app) volumeStats() *cobra.Command {
@@ -162,8 +192,10 @@ func showStats(w *tabwriter.Writer, st *control.VolumeStats) {
 	fmt.Fprintln(w)
 	row(w, "SPACE", "BYTES")
 	row(w, "live", formatSize(st.Space.Live))
+	row(w, "snapshots", formatSize(st.Space.Snapshots))
 	row(w, "garbage", formatSize(st.Space.Garbage))
 	row(w, "overhead", formatSize(st.Space.Overhead))
+	row(w, "inherited", formatSize(st.Space.Inherited))
 	row(w, "on local disk", formatSize(st.Space.Local))
 	row(w, "in store", formatSize(st.Space.Store))
 	fmt.Fprintln(w)
@@ -176,10 +208,13 @@ func showStats(w *tabwriter.Writer, st *control.VolumeStats) {
 }
 
 func (a *app) volumeResize() *cobra.Command {
-	return &cobra.Command{
-		Use: "resize [POOL/]VOLUME SIZE", Short: "Grow a volume, also under a running guest",
+	var force bool
+	cmd := &cobra.Command{
+		Use: "resize [POOL/]VOLUME SIZE", Short: "Change a volume's size, also under a running guest",
 		Long: `Grow a volume to SIZE (or by it, as in +10G). A running guest sees the new size at
-once. Volumes can't be made smaller.`,
+once. Making a volume smaller loses what lies behind the new end, for which the command
+needs --force; without, it says what would be lost and exits with status 6. Snapshots
+keep their size and contents.`,
 		Example: "  scoria volume resize vm1 20G\n  scoria volume resize vm1 +10G",
 		Args:    args("[POOL/]VOLUME", "SIZE"), ValidArgsFunction: a.completeVolumes,
 		RunE: func(cmd *cobra.Command, got []string) error {
@@ -199,19 +234,24 @@ once. Volumes can't be made smaller.`,
 			if err != nil {
 				return usageError{err}
 			}
-			v, err := a.client().ResizeVolume(cmd.Context(), name, by+n)
+			v, err := a.client().ResizeVolume(cmd.Context(), name, by+n, force)
 			if err != nil {
 				return err
 			}
 			return a.print(v, func(w *tabwriter.Writer) { showVolume(w, &v) })
 		},
 	}
+	cmd.Flags().BoolVar(&force, "force", false, "make it smaller and lose what lies behind the new end")
+	return cmd
 }
 
 func (a *app) volumeDelete() *cobra.Command {
-	return &cobra.Command{
+	var force bool
+	cmd := &cobra.Command{
 		Use: "delete [POOL/]VOLUME", Aliases: []string{"rm"}, Short: "Delete a volume and its data",
-		Long: "Delete a volume and its data, for good. One that a guest or tool uses is refused.",
+		Long: `Delete a volume and its data, for good. One that a guest or tool uses is refused, and
+so is one that clones read from. One that has snapshots needs --force, which deletes
+those with it.`,
 		Args: args("[POOL/]VOLUME"), ValidArgsFunction: a.completeVolumes,
 		RunE: func(cmd *cobra.Command, got []string) error {
 			name, err := fullName(got[0])
@@ -219,7 +259,7 @@ func (a *app) volumeDelete() *cobra.Command {
 				return err
 			}
 			c := a.client()
-			j, err := c.StartDelete(cmd.Context(), name)
+			j, err := c.StartDelete(cmd.Context(), name, force)
 			if err == nil {
 				j, err = a.await(cmd.Context(), c, j)
 			}
@@ -229,6 +269,8 @@ func (a *app) volumeDelete() *cobra.Command {
 			return a.print(j, func(w *tabwriter.Writer) { row(w, "deleted", j.Volume) })
 		},
 	}
+	cmd.Flags().BoolVar(&force, "force", false, "delete its snapshots with it")
+	return cmd
 }
 
 func (a *app) volumeCheck() *cobra.Command {

@@ -212,7 +212,7 @@ func (d *daemon) churn(ctx context.Context, j *journal, prefix string, round int
 			continue
 		}
 		j.set(full, false, true)
-		job, err := d.client.StartDelete(ctx, full)
+		job, err := d.client.StartDelete(ctx, full, false)
 		if err == nil {
 			_, err = d.client.Await(ctx, job, nil)
 		}

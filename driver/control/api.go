@@ -23,11 +23,27 @@
 //	POST   /v1/volumes/POOL/VOLUME/limits     ChangeLimits → Limits
 //	GET    /v1/pools/POOL/limits              Limits
 //	POST   /v1/pools/POOL/limits              ChangeLimits → Limits
-//	DELETE /v1/volumes/POOL/VOLUME            Job (202)
+//	DELETE /v1/volumes/POOL/VOLUME[?force=true] Job (202); with its snapshots
+//	POST   /v1/volumes/POOL/VOLUME/template   SetTemplate → Volume
+//	POST   /v1/volumes/POOL/VOLUME/flatten    Job (202)
+//	POST   /v1/volumes/POOL/VOLUME/complete   Volume; an import has ended
+//	DELETE /v1/volumes/POOL/VOLUME/incomplete (204); a receive is not to be resumed
+//	POST   /v1/volumes/POOL/VOLUME/receive[?resumable=true]  stream → Received
+//	POST   /v1/clones                         CloneVolume → Volume (201)
 //	GET    /v1/jobs                           []Job
 //	GET    /v1/jobs/ID[?wait=SECONDS]         Job; waits for a change or the end
 //	DELETE /v1/jobs/ID                        Job; asks it to stop
 //	GET    /metrics                           Prometheus text
+//
+// With S for /v1/volumes/POOL/VOLUME/snapshots:
+//
+//	GET    S                                  []Snapshot, oldest first
+//	POST   S                                  CreateSnapshot → Snapshot (201)
+//	GET    S/NAME                             Snapshot
+//	DELETE S/NAME                             (204)
+//	POST   S/NAME/rename                      RenameSnapshot → Snapshot
+//	POST   S/NAME/rollback                    Rollback → Volume
+//	GET    S/NAME/export[?since=NAME&start=BYTE]  stream
 //
 // Every error is {"error": {"code": …, "message": …}} with the HTTP status that
 // codeStatus gives. A request body holds one JSON object of at most MaxBodyBytes,
@@ -73,6 +89,13 @@ type Volume struct {
 	LastDisconnect     string    `json:"last_disconnect,omitempty"`
 	LastDisconnectTime time.Time `json:"last_disconnect_time,omitzero"`
 
+	Template   bool        `json:"template,omitempty"`   // refuses writes, is there to be cloned
+	Snapshots  int         `json:"snapshots"`            // how many
+	Parent     string      `json:"parent,omitempty"`     // POOL/VOLUME@SNAPSHOT it was cloned from
+	Clones     []string    `json:"clones,omitempty"`     // volumes that read from it
+	Incomplete *Incomplete `json:"incomplete,omitempty"` // its contents are being brought in
+	Space      *Space      `json:"space,omitempty"`      // of an open volume
+
 	// Conditions is whatever slows, pauses or degrades the volume now.
 	Conditions []Condition `json:"conditions"`
 }
@@ -85,11 +108,15 @@ type CreateVolume struct {
 	SCOSize   int64  `json:"sco_size,omitempty"`   // bytes, a multiple of 1 MiB
 	Serial    string `json:"serial,omitempty"`     // at most 20 bytes; default: from the ID
 	ReadOnly  bool   `json:"read_only,omitempty"`
+	// Import: no guest gets the volume before Complete, and it goes at the daemon's
+	// next start if that is not called.
+	Import bool `json:"import,omitempty"`
 }
 
 // ResizeVolume asks for a new size.
 type ResizeVolume struct {
-	Size uint64 `json:"size"` // bytes, a multiple of 4096, not less than now
+	Size  uint64 `json:"size"`            // bytes, a multiple of 4096
+	Force bool   `json:"force,omitempty"` // allow less than now; what lies behind is lost
 }
 
 // Condition is something that slows, pauses or degrades a volume or the daemon.
@@ -119,11 +146,13 @@ type OpStats struct {
 
 // Space splits what a volume occupies, in bytes.
 type Space struct {
-	Live     uint64 `json:"live"`     // mapped clusters
-	Garbage  uint64 `json:"garbage"`  // overwritten or discarded clusters still in SCOs
-	Overhead uint64 `json:"overhead"` // headers, footers, checkpoints
-	Local    uint64 `json:"local"`    // on the local disk, caches included
-	Store    uint64 `json:"store"`    // in the store
+	Live      uint64 `json:"live"`      // mapped clusters
+	Snapshots uint64 `json:"snapshots"` // what only snapshots hold
+	Garbage   uint64 `json:"garbage"`   // what nothing needs any more and is still in SCOs
+	Overhead  uint64 `json:"overhead"`  // headers, footers, checkpoints
+	Inherited uint64 `json:"inherited"` // of Live, what a clone has in its ancestors
+	Local     uint64 `json:"local"`     // on the local disk, caches included
+	Store     uint64 `json:"store"`     // in the store
 }
 
 // CheckReport is what a check found.
@@ -185,7 +214,7 @@ const (
 // Job is a long operation.
 type Job struct {
 	ID      string    `json:"id"`
-	Kind    string    `json:"kind"`   // check, delete
+	Kind    string    `json:"kind"`   // check, delete, flatten
 	Volume  string    `json:"volume"` // POOL/VOLUME
 	State   JobState  `json:"state"`
 	Done    int64     `json:"done"`  // of Total, in whatever the job counts
@@ -206,6 +235,7 @@ const (
 	CodeNotFound    Code = "not_found"   // 3
 	CodeInUse       Code = "in_use"      // 4
 	CodeExists      Code = "exists"      //
+	CodeNeedsForce  Code = "needs_force" // something would be lost that the message names; 6
 	CodeCanceled    Code = "canceled"    //
 	CodeUnavailable Code = "unavailable" // the daemon is stopping, or too much is asked of it; try again
 	CodeFailed      Code = "failed"      // anything else
@@ -217,6 +247,7 @@ var codeStatus = map[Code]int{
 	CodeNotFound:    http.StatusNotFound,
 	CodeInUse:       http.StatusConflict,
 	CodeExists:      http.StatusConflict,
+	CodeNeedsForce:  http.StatusConflict,
 	CodeCanceled:    http.StatusConflict,
 	CodeUnavailable: http.StatusServiceUnavailable,
 	CodeFailed:      http.StatusInternalServerError,

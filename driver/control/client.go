@@ -86,9 +86,9 @@ func (c *Client) CreateVolume(ctx context.Context, req CreateVolume) (v Volume, 
 	return v, c.call(ctx, http.MethodPost, "/v1/volumes", req, &v)
 }
 
-// ResizeVolume grows a volume.
-func (c *Client) ResizeVolume(ctx context.Context, name string, size uint64) (v Volume, err error) {
-	return v, c.call(ctx, http.MethodPost, volumePath(name)+"/resize", ResizeVolume{Size: size}, &v)
+// ResizeVolume grows a volume, or makes it smaller with force.
+func (c *Client) ResizeVolume(ctx context.Context, name string, size uint64, force bool) (v Volume, err error) {
+	return v, c.call(ctx, http.MethodPost, volumePath(name)+"/resize", ResizeVolume{Size: size, Force: force}, &v)
 }
 
 // Stats returns a volume's counters; the daemon opens the volume if need be.
@@ -96,9 +96,13 @@ func (c *Client) Stats(ctx context.Context, name string) (st VolumeStats, err er
 	return st, c.call(ctx, http.MethodGet, volumePath(name)+"/stats", nil, &st)
 }
 
-// StartDelete begins the deletion of a volume.
-func (c *Client) StartDelete(ctx context.Context, name string) (j Job, err error) {
-	return j, c.call(ctx, http.MethodDelete, volumePath(name), nil, &j)
+// StartDelete begins the deletion of a volume, with its snapshots if force is set.
+func (c *Client) StartDelete(ctx context.Context, name string, force bool) (j Job, err error) {
+	path := volumePath(name)
+	if force {
+		path += "?force=true"
+	}
+	return j, c.call(ctx, http.MethodDelete, path, nil, &j)
 }
 
 // StartCheck begins the verification of a volume.

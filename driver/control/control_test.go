@@ -91,8 +91,11 @@ func (b *backend) CreateVolume(_ context.Context, req control.CreateVolume) (con
 	return v, nil
 }
 
-func (b *backend) ResizeVolume(ctx context.Context, name string, size uint64) (control.Volume, error) {
+func (b *backend) ResizeVolume(ctx context.Context, name string, size uint64, force bool) (control.Volume, error) {
 	v, err := b.Volume(ctx, name)
+	if err == nil && size < v.Size && !force {
+		return v, control.Errorf(control.CodeNeedsForce, "less than now")
+	}
 	v.Size = size
 	return v, err
 }
@@ -102,7 +105,7 @@ func (b *backend) Stats(ctx context.Context, name string) (control.VolumeStats, 
 	return control.VolumeStats{Name: name, Ops: map[string]control.OpStats{"read": {Count: 1, Bytes: 2}}, Counters: map[string]uint64{"syncs": 3}}, err
 }
 
-func (b *backend) CheckDelete(ctx context.Context, name string) error {
+func (b *backend) CheckDelete(ctx context.Context, name string, _ bool) error {
 	if b.inUse[name] {
 		return control.Errorf(control.CodeInUse, "volume %s is in use by vhost 1", name)
 	}
@@ -110,7 +113,7 @@ func (b *backend) CheckDelete(ctx context.Context, name string) error {
 	return err
 }
 
-func (b *backend) DeleteVolume(_ context.Context, name string, p control.Progress) error {
+func (b *backend) DeleteVolume(_ context.Context, name string, _ bool, p control.Progress) error {
 	p(1, 1)
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -177,7 +180,7 @@ func TestRoundTrips(t *testing.T) {
 	if v, err = c.Volume(ctx, "default/vm1"); err != nil || !reflect.DeepEqual(v, want) {
 		t.Fatalf("Volume: %+v, %v", v, err)
 	}
-	if v, err = c.ResizeVolume(ctx, "default/vm1", 2<<30); err != nil || v.Size != 2<<30 {
+	if v, err = c.ResizeVolume(ctx, "default/vm1", 2<<30, false); err != nil || v.Size != 2<<30 {
 		t.Fatalf("ResizeVolume: %+v, %v", v, err)
 	}
 	if list, err := c.Volumes(ctx, "default"); err != nil || len(list) != 1 {
@@ -201,7 +204,7 @@ func TestRoundTrips(t *testing.T) {
 	if p, err := c.Pool(ctx, "default"); err != nil || p.BlockSize != 512 {
 		t.Fatalf("Pool: %+v, %v", p, err)
 	}
-	j, err := c.StartDelete(ctx, "default/vm1")
+	j, err := c.StartDelete(ctx, "default/vm1", false)
 	if err == nil {
 		j, err = c.Await(ctx, j, nil)
 	}
@@ -218,7 +221,7 @@ func TestErrorsCarryTheirCode(t *testing.T) {
 	b.inUse["default/busy"] = true
 	c, _ := serve(t, b)
 	ctx := testContext(t)
-	_, inUse := c.StartDelete(ctx, "default/busy")
+	_, inUse := c.StartDelete(ctx, "default/busy", false)
 	_, gone := c.Volume(ctx, "a/b")
 	_, odd := c.Volume(ctx, "no-slash")
 	_, escape := c.Volume(ctx, "a/../../status")
@@ -322,9 +325,9 @@ func TestJobsAreBounded(t *testing.T) {
 	// Ended ones are forgotten, the newest stay.
 	deadline := time.Now().Add(patience)
 	for range 400 {
-		j, err := c.StartDelete(ctx, "default/v")
+		j, err := c.StartDelete(ctx, "default/v", false)
 		for control.CodeOf(err) == control.CodeUnavailable && time.Now().Before(deadline) {
-			j, err = c.StartDelete(ctx, "default/v")
+			j, err = c.StartDelete(ctx, "default/v", false)
 		}
 		if err == nil {
 			_, err = c.Job(ctx, j.ID, time.Second)

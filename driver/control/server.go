@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"strconv"
@@ -30,16 +31,18 @@ type Backend interface {
 	Volumes(ctx context.Context, pool string) ([]Volume, error)
 	Volume(ctx context.Context, name string) (Volume, error)
 	CreateVolume(ctx context.Context, req CreateVolume) (Volume, error)
-	ResizeVolume(ctx context.Context, name string, size uint64) (Volume, error)
+	// ResizeVolume fails with CodeNeedsForce if something would be lost.
+	ResizeVolume(ctx context.Context, name string, size uint64, force bool) (Volume, error)
 	Stats(ctx context.Context, name string) (VolumeStats, error)
 
 	// CheckDelete refuses a deletion that could not even begin (no such volume, in
 	// use), so that the client learns it from the request and not from the job.
-	CheckDelete(ctx context.Context, name string) error
-	DeleteVolume(ctx context.Context, name string, p Progress) error
+	CheckDelete(ctx context.Context, name string, force bool) error
+	DeleteVolume(ctx context.Context, name string, force bool, p Progress) error
 	CheckVolume(ctx context.Context, name string, p Progress) (CheckReport, error)
 
 	SettingsBackend
+	SnapshotBackend
 }
 
 // Server answers the control API. Its goroutines: one per connection
@@ -86,7 +89,7 @@ type handler func(r *http.Request) (status int, body any, err error)
 
 func (s *Server) routes(metrics http.Handler) http.Handler {
 	mux := http.NewServeMux()
-	for pattern, h := range map[string]handler{
+	routes := map[string]handler{
 		"GET /v1/status":                        s.status,
 		"GET /v1/pools":                         s.listPools,
 		"POST /v1/pools":                        s.createPool,
@@ -107,9 +110,12 @@ func (s *Server) routes(metrics http.Handler) http.Handler {
 		"GET /v1/pools/{pool}/limits":           s.poolLimits,
 		"POST /v1/pools/{pool}/limits":          s.limitPool,
 		"POST /v1/volumes/{pool}/{name}/set":    s.setVolume,
-	} {
+	}
+	maps.Copy(routes, s.snapshotRoutes())
+	for pattern, h := range routes {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) { s.serve(w, r, h) })
 	}
+	s.streamRoutes(mux)
 	if metrics != nil {
 		mux.Handle("GET /metrics", metrics)
 	}
@@ -150,9 +156,17 @@ func (s *Server) reply(w http.ResponseWriter, status int, body any) {
 		w.WriteHeader(status)
 		return
 	}
+	text, err := json.Marshal(body)
+	if err != nil {
+		s.log.Error().Err(err).Msg("control answer can't be written as JSON")
+		w.WriteHeader(http.StatusInternalServerError)
+		return
+	}
 	w.Header().Set("Content-Type", "application/json")
+	// The client knows the end of it without waiting for that of the handler.
+	w.Header().Set("Content-Length", strconv.Itoa(len(text)+1))
 	w.WriteHeader(status)
-	if err := json.NewEncoder(w).Encode(body); err != nil {
+	if _, err := w.Write(append(text, '\n')); err != nil {
 		s.log.Debug().Err(err).Msg("control client went away")
 	}
 }
@@ -252,7 +266,7 @@ func (s *Server) resizeVolume(r *http.Request) (int, any, error) {
 	if err := decode(r, &req); err != nil {
 		return 0, nil, err
 	}
-	v, err := s.backend.ResizeVolume(r.Context(), volumeName(r), req.Size)
+	v, err := s.backend.ResizeVolume(r.Context(), volumeName(r), req.Size, req.Force)
 	return http.StatusOK, v, err
 }
 
@@ -273,11 +287,15 @@ func (s *Server) checkVolume(r *http.Request) (int, any, error) {
 
 func (s *Server) deleteVolume(r *http.Request) (int, any, error) {
 	name := volumeName(r)
-	if err := s.backend.CheckDelete(r.Context(), name); err != nil {
+	force, err := flag(r, "force")
+	if err == nil {
+		err = s.backend.CheckDelete(r.Context(), name, force)
+	}
+	if err != nil {
 		return 0, nil, err
 	}
 	j, err := s.jobs.start("delete", name, func(ctx context.Context, p Progress) (*CheckReport, error) {
-		return nil, s.backend.DeleteVolume(ctx, name, p)
+		return nil, s.backend.DeleteVolume(ctx, name, force, p)
 	})
 	return http.StatusAccepted, j, err
 }

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/google/uuid"
+
 	"scoria/driver"
 	"scoria/driver/block"
 	"scoria/driver/control"
@@ -139,7 +141,7 @@ func (b *backend) Volumes(ctx context.Context, pool string) ([]control.Volume, e
 	for i := range entries {
 		list[i] = b.answer(&entries[i].Record)
 	}
-	return list, nil
+	return list, b.relate(ctx, entries, list)
 }
 
 func (b *backend) Volume(ctx context.Context, name string) (control.Volume, error) {
@@ -147,7 +149,14 @@ func (b *backend) Volume(ctx context.Context, name string) (control.Volume, erro
 	if err != nil {
 		return control.Volume{}, err
 	}
-	return b.answer(&e.Record), nil
+	v := b.answer(&e.Record)
+	kvs, err := b.reg.List(ctx, registry.SnapshotsOf(e.Record.ID))
+	if err != nil {
+		return v, err
+	}
+	v.Snapshots = len(kvs)
+	v.Clones, err = registry.Clones(ctx, b.reg, e.Record.ID, uuid.Nil)
+	return v, err
 }
 
 func (b *backend) answer(r *registry.Volume) control.Volume {
@@ -156,13 +165,23 @@ func (b *backend) answer(r *registry.Volume) control.Volume {
 		Name: name, ID: r.ID, Size: r.Size, BlockSize: r.BlockSize, SCOSize: r.SCOSize, Serial: r.Serial,
 		ReadOnly: r.ReadOnly, Created: r.Created, State: string(r.State), Owner: r.Owner, Epoch: r.Epoch,
 		UsedBy: b.usedBy(name), Socket: b.socketPath(r.Pool, r.Name), Conditions: []control.Condition{},
+		Template: r.Template,
+	}
+	if r.Parent != nil {
+		v.Parent = r.Parent.Name
+	}
+	if i := r.Incomplete; i != nil {
+		v.Incomplete = &control.Incomplete{Kind: i.Kind, Snapshot: i.Snapshot, Position: i.Position, Resumable: i.Resumable}
 	}
 	if b.config.NBD.Enabled {
 		v.NBD = "nbd+unix:///" + name + "?socket=" + b.config.nbdSocket()
 	}
 	if dev := b.device(name); dev != nil {
 		v.Open = true
-		v.Conditions = conditionsAnswer(dev.Stats().Conditions)
+		st := dev.Stats()
+		v.Conditions = conditionsAnswer(st.Conditions)
+		space := spaceAnswer(st.Space)
+		v.Space = &space
 	}
 	v.Conditions = append(v.Conditions, b.troubles(name)...)
 	b.mu.Lock()
@@ -210,8 +229,8 @@ func (b *backend) CreateVolume(ctx context.Context, req control.CreateVolume) (c
 	return b.answer(&r), nil
 }
 
-func (b *backend) ResizeVolume(ctx context.Context, name string, size uint64) (control.Volume, error) {
-	r, err := b.resize(ctx, name, size)
+func (b *backend) ResizeVolume(ctx context.Context, name string, size uint64, force bool) (control.Volume, error) {
+	r, err := b.resize(ctx, name, size, force)
 	if err != nil {
 		return control.Volume{}, err
 	}
@@ -237,11 +256,7 @@ func (b *backend) Stats(ctx context.Context, name string) (control.VolumeStats, 
 // JSON, so that one added there shows everywhere.
 func statsAnswer(name string, st driver.Stats) (control.VolumeStats, error) {
 	answer := control.VolumeStats{
-		Name: name, Ops: map[string]control.OpStats{}, Counters: map[string]uint64{},
-		Space: control.Space{
-			Live: st.Space.Live, Garbage: st.Space.Garbage, Overhead: st.Space.Overhead,
-			Local: st.Space.Local, Store: st.Space.Store,
-		},
+		Name: name, Ops: map[string]control.OpStats{}, Counters: map[string]uint64{}, Space: spaceAnswer(st.Space),
 		Conditions: conditionsAnswer(st.Conditions),
 	}
 	for op, o := range st.Ops {
@@ -250,6 +265,13 @@ func statsAnswer(name string, st driver.Stats) (control.VolumeStats, error) {
 	counters, err := statCounters(st)
 	answer.Counters = counters
 	return answer, err
+}
+
+func spaceAnswer(s driver.Space) control.Space {
+	return control.Space{
+		Live: s.Live, Garbage: s.Garbage, Overhead: s.Overhead,
+		Local: s.Local, Store: s.Store,
+	}
 }
 
 // statCounters returns the whole numbers of driver.Stats by their JSON names.
@@ -280,13 +302,13 @@ func conditionsAnswer(list []driver.Condition) []control.Condition {
 	return answer
 }
 
-func (b *backend) CheckDelete(ctx context.Context, name string) error {
-	_, err := b.checkDelete(ctx, name)
+func (b *backend) CheckDelete(ctx context.Context, name string, force bool) error {
+	_, err := b.checkDelete(ctx, name, force)
 	return err
 }
 
-func (b *backend) DeleteVolume(ctx context.Context, name string, _ control.Progress) error {
-	return b.remove(ctx, name)
+func (b *backend) DeleteVolume(ctx context.Context, name string, force bool, _ control.Progress) error {
+	return b.remove(ctx, name, force)
 }
 
 func (b *backend) CheckVolume(ctx context.Context, name string, p control.Progress) (control.CheckReport, error) {

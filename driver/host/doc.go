@@ -21,6 +21,16 @@
 // dies in between. A resize: record; engine; guests are told. An attachment is
 // recorded late and only for speed.
 //
+// A snapshot: record in state creating; the engine's root; record in state ready. Its
+// deletion: record in state deleting; the engine; record gone. Whoever opens the
+// volume passes the ready ones to the engine, which removes all others, and then
+// removes the other records. A rollback: RollingBack in the volume's record; the
+// engine; records of the dropped snapshots gone; size and RollingBack. The opening
+// does it again. A clone: record in state creating, which from then on keeps parent
+// and snapshot (see package registry); the engine; record in state ready; undone by
+// the next start. Making a volume smaller: engine; record. Incomplete volumes: see
+// receive.go.
+//
 // A start: locks; registry; engine; instance.json says unclean; unfinished volumes; volumes
 // that were attached lately begin to open; sockets of all other volumes; control
 // socket; sockets of the former, each when it is open (awaited.go says why).

@@ -29,12 +29,18 @@ type fakeEngine struct {
 	calls   []string
 	fail    map[string]error         // by method
 	hold    map[string]chan struct{} // by method: wait for it
+
+	disks    map[uuid.UUID]*fakeDisk
+	views    map[uuid.UUID]int // open ones, by snapshot
+	sequence uint64
+	crash    *crasher // nil: never
 }
 
 func newFakeEngine() *fakeEngine {
 	return &fakeEngine{
 		made: map[uuid.UUID]bool{}, opened: map[uuid.UUID]int{}, open: map[uuid.UUID]bool{},
 		configs: map[uuid.UUID]driver.VolumeConfig{}, fail: map[string]error{}, hold: map[string]chan struct{}{},
+		disks: map[uuid.UUID]*fakeDisk{}, views: map[uuid.UUID]int{},
 	}
 }
 
@@ -54,13 +60,11 @@ func (e *fakeEngine) call(ctx context.Context, method string, c driver.VolumeCon
 }
 
 func (e *fakeEngine) CreateVolume(ctx context.Context, c driver.VolumeConfig) error {
-	if err := e.call(ctx, "create", c); err != nil {
-		return err
-	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.made[c.ID] = true
-	return nil
+	return e.do(ctx, "create", c, func(*fakeDisk) error {
+		e.made[c.ID] = true
+		e.disks[c.ID] = &fakeDisk{size: c.Size}
+		return nil
+	})
 }
 
 func (e *fakeEngine) OpenVolume(ctx context.Context, c driver.VolumeConfig) (Volume, error) {
@@ -72,22 +76,34 @@ func (e *fakeEngine) OpenVolume(ctx context.Context, c driver.VolumeConfig) (Vol
 	if !e.made[c.ID] || e.open[c.ID] {
 		return nil, errors.New("not made, or open twice")
 	}
+	d := e.disks[c.ID]
+	if d == nil { // made by a test itself
+		d = &fakeDisk{size: c.Size}
+		e.disks[c.ID] = d
+	}
+	for _, a := range d.ancestors {
+		if !e.open[a.Volume] {
+			return nil, driver.ErrAncestorClosed
+		}
+	}
+	d.snaps = slices.DeleteFunc(d.snaps, func(s fakeSnap) bool {
+		return !slices.ContainsFunc(c.Snapshots, func(known driver.Snapshot) bool { return known.ID == s.ID })
+	})
+	d.size = max(d.size, c.Size)
 	e.open[c.ID], e.configs[c.ID] = true, c
 	e.opened[c.ID]++
 	return &fakeVolume{engine: e, config: c, size: c.Size}, nil
 }
 
 func (e *fakeEngine) DeleteVolume(ctx context.Context, c driver.VolumeConfig) error {
-	if err := e.call(ctx, "delete", c); err != nil {
-		return err
-	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.open[c.ID] {
-		return errors.New("open volume deleted")
-	}
-	delete(e.made, c.ID)
-	return nil
+	return e.do(ctx, "delete", c, func(*fakeDisk) error {
+		if e.open[c.ID] {
+			return errors.New("open volume deleted")
+		}
+		delete(e.made, c.ID)
+		delete(e.disks, c.ID)
+		return nil
+	})
 }
 
 func (e *fakeEngine) CheckVolume(ctx context.Context, c driver.VolumeConfig, progress func(done, total int64)) (driver.CheckReport, error) {
@@ -163,6 +179,9 @@ func (v *fakeVolume) Resize(ctx context.Context, size uint64) error {
 	if err := v.engine.call(ctx, "resize", v.config); err != nil {
 		return err
 	}
+	v.engine.mu.Lock()
+	v.engine.disks[v.config.ID].size = size
+	v.engine.mu.Unlock()
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.size = size

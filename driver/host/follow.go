@@ -19,7 +19,11 @@ func (h *Host) startFollowing(ctx context.Context) {
 		h.bg.Wait()
 		return nil
 	})
-	names := union(h.pendingNames(ctx), before)
+	unfinished, err := h.volumes.unfinished(ctx)
+	if err != nil {
+		h.log.Warn().Err(err).Msg("unfinished work on snapshots can't be listed; it is finished when the volumes are opened")
+	}
+	names := union(union(h.pendingNames(ctx), before), unfinished)
 	h.volumes.await(names)
 	h.bg.Go(func() {
 		began := time.Now()

@@ -272,7 +272,7 @@ func (h *Host) serve(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		nf := newNBDFront(&h.config, l, h.volumes, h.log)
+		nf := newNBDFront(&h.config, l, snapshotOpener{h.volumes}, h.log)
 		if err := h.volumes.Serve(ctx, nf); err != nil {
 			return err
 		}

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/google/uuid"
+
 	"scoria/driver"
 	"scoria/driver/block"
 	"scoria/driver/control"
@@ -39,6 +41,9 @@ func (h *VolumeSet) serve(v *volume) {
 	h.mu.Lock()
 	v.frontErrors = nil
 	fronts := h.fronts
+	if v.incomplete != "" {
+		fronts = nil // its contents are being brought in
+	}
 	h.mu.Unlock()
 	for _, f := range fronts {
 		h.serveWith(f, v)
@@ -60,6 +65,12 @@ func (h *VolumeSet) serveWith(f FrontEnd, v *volume) {
 // Finish finishes creations and deletions that an earlier run left undone. What
 // can't be finished is logged and stays for the next start.
 func (h *VolumeSet) Finish(ctx context.Context) error {
+	if err := registry.ReviveParents(ctx, h.reg); err != nil {
+		return err
+	}
+	if err := h.dropTemporary(ctx); err != nil {
+		return err
+	}
 	entries, err := registry.LoadAll[registry.Volume](ctx, h.reg, registry.VolumePrefix)
 	if err != nil {
 		return err
@@ -68,14 +79,20 @@ func (h *VolumeSet) Finish(ctx context.Context) error {
 		name := e.Record.FullName()
 		switch e.Record.State {
 		case registry.StateCreating:
-			if err = h.engine.CreateVolume(ctx, h.config(&e.Record)); err == nil {
+			if e.Record.Parent != nil || e.Record.Incomplete != nil {
+				// Whoever wanted it is gone, and the parent is not open yet.
+				err = h.removeNow(ctx, e)
+			} else if err = h.engine.CreateVolume(ctx, h.config(&e.Record)); err == nil {
 				e.Record.State = registry.StateReady
 				_, err = registry.Replace(ctx, h.reg, registry.VolumeKey(e.Record.Pool, e.Record.Name), e)
 			}
 		case registry.StateDeleting:
 			err = h.removeNow(ctx, e)
 		default:
-			continue
+			if e.Record.Incomplete == nil || e.Record.Incomplete.Resumable {
+				continue
+			}
+			err = h.undoUnfinished(ctx, e)
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -85,6 +102,30 @@ func (h *VolumeSet) Finish(ctx context.Context) error {
 			continue
 		}
 		h.log.Info().Str("volume", name).Str("state", string(e.Record.State)).Msg("unfinished volume of an earlier run finished")
+	}
+	return nil
+}
+
+// dropTemporary makes the snapshots deleting that operations of an earlier run
+// needed; the opening of their volumes removes them.
+func (h *VolumeSet) dropTemporary(ctx context.Context) error {
+	list, err := registry.LoadAll[registry.Snapshot](ctx, h.reg, registry.SnapshotPrefix)
+	if err != nil {
+		return err
+	}
+	volumes, err := registry.LoadAll[registry.Volume](ctx, h.reg, registry.VolumePrefix)
+	if err != nil {
+		return err
+	}
+	for _, e := range list {
+		r := &e.Record
+		if !r.Temporary || r.State != registry.StateReady || len(registry.ClonesAmong(volumes, r.Volume, r.ID)) > 0 {
+			continue
+		}
+		r.State = registry.StateDeleting
+		if _, err := registry.Replace(ctx, h.reg, registry.SnapshotKey(r.Volume, r.Name), e); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -103,6 +144,9 @@ func (h *VolumeSet) removeNow(ctx context.Context, e registry.Entry[registry.Vol
 	if err := h.engine.DeleteVolume(ctx, h.config(&e.Record)); err != nil {
 		return fmt.Errorf("delete volume %s: %w", e.Record.FullName(), err)
 	}
+	if err := registry.RemoveSnapshots(ctx, h.reg, e.Record.ID); err != nil {
+		return fmt.Errorf("delete the snapshots of volume %s: %w", e.Record.FullName(), err)
+	}
 	if err := registry.Remove(ctx, h.reg, key, e.Revision); err != nil {
 		return fmt.Errorf("delete volume %s: %w", e.Record.FullName(), err)
 	}
@@ -111,7 +155,29 @@ func (h *VolumeSet) removeNow(ctx context.Context, e registry.Entry[registry.Vol
 
 // checkDelete says whether a deletion could begin now. A user on its way out (the
 // connection of a tool that has just ended) is given a moment.
-func (h *VolumeSet) checkDelete(ctx context.Context, name string) (registry.Entry[registry.Volume], error) {
+//
+// checkIdle is its part that says whether anybody uses the volume.
+func (h *VolumeSet) checkDelete(ctx context.Context, name string, force bool) (registry.Entry[registry.Volume], error) {
+	e, err := h.checkIdle(ctx, name)
+	if err != nil {
+		return e, err
+	}
+	name = e.Record.FullName()
+	clones, err := registry.Clones(ctx, h.reg, e.Record.ID, uuid.Nil)
+	if err != nil {
+		return e, err
+	}
+	if len(clones) > 0 {
+		return e, refusal(&registry.ClonesError{What: "volume " + name, Clones: clones})
+	}
+	list, err := registry.Snapshots(ctx, h.reg, e.Record.ID)
+	if err == nil && len(list) > 0 && !force {
+		err = control.Errorf(control.CodeNeedsForce, "volume %s has %d snapshots, which would go with it: %s (--force does it)", name, len(list), nameSome(list))
+	}
+	return e, err
+}
+
+func (h *VolumeSet) checkIdle(ctx context.Context, name string) (registry.Entry[registry.Volume], error) {
 	const pause, attempts = 20 * time.Millisecond, 25
 	e, err := h.load(ctx, name)
 	if err != nil {
@@ -120,6 +186,9 @@ func (h *VolumeSet) checkDelete(ctx context.Context, name string) (registry.Entr
 	name = e.Record.FullName()
 	for i := 0; ; i++ {
 		by := h.usedBy(name)
+		if by == "" && h.volume(name).readers.Load() > 0 {
+			by = "a reader of a snapshot"
+		}
 		if by == "" {
 			return e, nil
 		}
@@ -139,7 +208,7 @@ func inUse(name, by string) error {
 }
 
 // remove deletes a volume that nobody uses.
-func (h *VolumeSet) remove(ctx context.Context, name string) error {
+func (h *VolumeSet) remove(ctx context.Context, name string, force bool) error {
 	name, err := fullName(name)
 	if err != nil {
 		return &notFoundError{err.Error()}
@@ -149,7 +218,7 @@ func (h *VolumeSet) remove(ctx context.Context, name string) error {
 		return err
 	}
 	defer leave()
-	e, err := h.checkDelete(ctx, name)
+	e, err := h.checkDelete(ctx, name, force)
 	if err != nil {
 		return err
 	}
@@ -166,9 +235,8 @@ func (h *VolumeSet) remove(ctx context.Context, name string) error {
 		}
 		defer release()
 	}
-	e.Record.State = registry.StateDeleting
-	if e, err = registry.Replace(ctx, h.reg, registry.VolumeKey(e.Record.Pool, e.Record.Name), e); err != nil {
-		return fmt.Errorf("delete volume %s: %w", name, err)
+	if e, err = registry.BeginDeleteVolume(ctx, h.reg, e); err != nil {
+		return refusal(fmt.Errorf("delete volume %s: %w", name, err))
 	}
 	h.withdraw(v)
 	if dev != nil {
@@ -230,6 +298,13 @@ func (h *VolumeSet) checkOffline(ctx context.Context, name string, progress func
 	if e.Record.State != registry.StateReady {
 		return report, false, control.Errorf(control.CodeUnavailable, "volume %s can't be checked: %s", name, stateText(e.Record.State))
 	}
+	if len(e.Record.Ancestors) > 0 {
+		return report, true, nil // those have to be open
+	}
+	config, err := h.fullConfig(ctx, &e.Record)
+	if err != nil {
+		return report, false, err
+	}
 	offline, cancel := context.WithCancel(ctx)
 	defer cancel()
 	h.mu.Lock()
@@ -239,7 +314,7 @@ func (h *VolumeSet) checkOffline(ctx context.Context, name string, progress func
 	}
 	v.offline = cancel
 	h.mu.Unlock()
-	report, err = h.engine.CheckVolume(offline, h.config(&e.Record), progress)
+	report, err = h.engine.CheckVolume(offline, config, progress)
 	h.mu.Lock()
 	v.offline = nil
 	h.mu.Unlock()

@@ -14,6 +14,10 @@ import (
 type Engine interface {
 	CreateVolume(ctx context.Context, c driver.VolumeConfig) error
 	OpenVolume(ctx context.Context, c driver.VolumeConfig) (Volume, error)
+	// CreateClone makes a volume that begins as a snapshot of an open one.
+	CreateClone(ctx context.Context, c driver.VolumeConfig, parent Volume, snapshot uuid.UUID) error
+	// OpenSnapshot opens a snapshot of an open volume, which it keeps until closed.
+	OpenSnapshot(ctx context.Context, v Volume, snapshot uuid.UUID) (View, error)
 	DeleteVolume(ctx context.Context, c driver.VolumeConfig) error
 	CheckVolume(ctx context.Context, c driver.VolumeConfig, progress func(done, total int64)) (driver.CheckReport, error)
 	// Adopted says whether the write buffer of an earlier daemon was found.
@@ -34,6 +38,23 @@ type Volume interface {
 	Resize(ctx context.Context, size uint64) error
 	Check(ctx context.Context, progress func(done, total int64)) (driver.CheckReport, error)
 	Close(ctx context.Context) error
+
+	CreateSnapshot(ctx context.Context, id uuid.UUID, name string, metadata map[string]string) (driver.Snapshot, error)
+	DeleteSnapshot(ctx context.Context, id uuid.UUID) error
+	Snapshots() []driver.Snapshot
+	SnapshotSpace(ctx context.Context) (map[uuid.UUID]uint64, error)
+	Changes(ctx context.Context, since, upTo uuid.UUID, off, length uint64, fn func(block.Extent) bool) error
+	Rollback(ctx context.Context, id uuid.UUID, force bool) error
+	Shrink(ctx context.Context, size uint64, force bool) error
+	Flatten(ctx context.Context, progress func(done, total uint64)) error
+	Ancestors() []driver.Ancestor
+}
+
+// View is what the daemon asks of driver.View: a snapshot to read.
+type View interface {
+	block.Device
+	Snapshot() driver.Snapshot
+	Close() error
 }
 
 // FrontEnd is a way in for guests and tools. Safe from any goroutine.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"scoria/driver/block"
 	"scoria/driver/control"
@@ -33,12 +34,19 @@ func (h *VolumeSet) setVolume(ctx context.Context, name string, req control.SetV
 		return registry.Volume{}, err
 	}
 	defer leave()
-	e, err := h.checkDelete(ctx, name) // in use?
+	e, err := h.checkIdle(ctx, name)
 	if err != nil {
 		return e.Record, err
 	}
-	if e.Record.State != registry.StateReady {
-		return e.Record, control.Errorf(control.CodeUnavailable, "volume %s can't be changed: %s", name, stateText(e.Record.State))
+	if err := settled(&e.Record); err != nil {
+		return e.Record, err
+	}
+	// A volume can't be closed under its clones.
+	if clones, err := h.openClones(ctx, e.Record.ID); err != nil || len(clones) > 0 {
+		if err == nil {
+			err = inUse(name, "its clones "+strings.Join(clones, ", "))
+		}
+		return e.Record, err
 	}
 	before := e.Record
 	if req.Serial != nil {

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -46,6 +47,8 @@ type VolumeSet struct {
 	volumes map[string]*volume // by POOL/VOLUME; those touched since the start
 	used    map[string]bool    // opened by front ends in this run
 	closed  bool
+
+	transfers map[string]bool // volumes that are being received; guarded by mu
 }
 
 // volume is what the daemon remembers of one.
@@ -60,6 +63,10 @@ type volume struct {
 	offline     context.CancelFunc // of a check of the closed volume; nil: none
 	frontErrors []string           // why it is not served
 	awaited     bool               // front ends get it when it is open; see openAwaited
+	template    bool               // as of the record; set when it is opened or changed
+	incomplete  string             // kind of the import or receive under way, likewise
+
+	readers atomic.Int64 // of its snapshots
 }
 
 // NewVolumeSet returns the volumes of a registry; store and engine are what ready
@@ -158,8 +165,15 @@ func (h *VolumeSet) Open(ctx context.Context, name string) (block.Device, error)
 		return nil, err
 	}
 	h.mu.Lock()
+	defer h.mu.Unlock()
+	v := h.volumeLocked(name)
+	if v.incomplete == registry.IncompleteReceive {
+		return nil, control.Errorf(control.CodeUnavailable, "volume %s is being received", name)
+	}
 	h.used[name] = true
-	h.mu.Unlock()
+	if v.template {
+		return readOnly{dev}, nil
+	}
 	return dev, nil
 }
 
@@ -253,10 +267,26 @@ func (h *VolumeSet) openNow(v *volume) (Volume, error) {
 	if e, err = h.takeOwnership(h.ctx, e); err != nil {
 		return nil, fmt.Errorf("volume %s: take ownership: %w", v.name, err)
 	}
-	dev, err := h.engine.OpenVolume(h.ctx, h.config(&e.Record))
+	if err := h.openAncestors(h.ctx, &e.Record); err != nil {
+		return nil, err
+	}
+	config, err := h.fullConfig(h.ctx, &e.Record)
 	if err != nil {
 		return nil, fmt.Errorf("open volume %s: %w", v.name, err)
 	}
+	dev, err := h.engine.OpenVolume(h.ctx, config)
+	if err != nil {
+		return nil, fmt.Errorf("open volume %s: %w", v.name, err)
+	}
+	if err := h.catchUp(h.ctx, dev, e); err != nil {
+		return nil, errors.Join(fmt.Errorf("open volume %s: %w", v.name, err), dev.Close(context.WithoutCancel(h.ctx)))
+	}
+	h.mu.Lock()
+	v.template, v.incomplete = e.Record.Template, ""
+	if i := e.Record.Incomplete; i != nil {
+		v.incomplete = i.Kind
+	}
+	h.mu.Unlock()
 	return h.limit(h.ctx, dev, &e.Record), nil
 }
 
@@ -301,8 +331,8 @@ func (h *VolumeSet) Names(ctx context.Context) ([]string, error) {
 	}
 	var names []string
 	for i := range entries {
-		if entries[i].Record.State == registry.StateReady {
-			names = append(names, entries[i].Record.FullName())
+		if r := &entries[i].Record; r.State == registry.StateReady && r.Incomplete == nil {
+			names = append(names, r.FullName())
 		}
 	}
 	slices.Sort(names)
@@ -311,29 +341,36 @@ func (h *VolumeSet) Names(ctx context.Context) ([]string, error) {
 
 // Create implements block.Opener.
 func (h *VolumeSet) Create(ctx context.Context, name string, size uint64) error {
-	_, err := h.create(ctx, control.CreateVolume{Name: name, Size: size})
+	_, err := h.createAs(ctx, control.CreateVolume{Name: name, Size: size}, nil)
 	return err
 }
 
 // Resize implements block.Opener.
 func (h *VolumeSet) Resize(ctx context.Context, name string, size uint64) error {
-	_, err := h.resize(ctx, name, size)
+	_, err := h.resize(ctx, name, size, false)
 	return err
 }
 
+// create makes a volume, for an import if asked to.
 func (h *VolumeSet) create(ctx context.Context, req control.CreateVolume) (registry.Volume, error) {
+	if req.Import {
+		return h.createAs(ctx, req, &registry.Incomplete{Kind: registry.IncompleteImport})
+	}
+	return h.createAs(ctx, req, nil)
+}
+
+// createAs makes a volume that is incomplete, unless that is nil.
+func (h *VolumeSet) createAs(ctx context.Context, req control.CreateVolume, incomplete *registry.Incomplete) (registry.Volume, error) {
 	pool, vol, err := registry.SplitName(req.Name)
 	if err != nil {
 		return registry.Volume{}, control.Errorf(control.CodeInvalid, "%v", err)
 	}
-	p, err := registry.Load[registry.Pool](ctx, h.reg, registry.PoolKey(pool))
-	if errors.Is(err, registry.ErrNotFound) {
-		return registry.Volume{}, control.Errorf(control.CodeNotFound, "no pool %s: make it with `scoria pool create %s`, or name another in POOL/VOLUME", pool, pool)
-	}
+	p, err := h.poolOf(ctx, pool)
 	if err != nil {
 		return registry.Volume{}, err
 	}
-	r := newRecord(req, pool, vol, &p.Record, h.node)
+	r := newRecord(req, pool, vol, &p, h.node)
+	r.Incomplete = incomplete
 	if err := h.checkRecord(&r); err != nil {
 		return r, control.Errorf(control.CodeInvalid, "%v", err)
 	}
@@ -359,7 +396,9 @@ func (h *VolumeSet) create(ctx context.Context, req control.CreateVolume) (regis
 	if e, err = registry.Replace(ctx, h.reg, key, e); err != nil {
 		return r, fmt.Errorf("create volume %s: %w", r.FullName(), err)
 	}
-	h.serve(v)
+	if incomplete == nil {
+		h.serve(v)
+	}
 	h.log.Info().Str("volume", r.FullName()).Uint64("size", r.Size).Stringer("id", r.ID).Msg("volume created")
 	return e.Record, nil
 }
@@ -393,46 +432,6 @@ func (h *VolumeSet) checkRecord(r *registry.Volume) error {
 	}
 	c := h.config(r)
 	return c.Validate()
-}
-
-func (h *VolumeSet) resize(ctx context.Context, name string, size uint64) (registry.Volume, error) {
-	name, err := fullName(name)
-	if err != nil {
-		return registry.Volume{}, &notFoundError{err.Error()}
-	}
-	v, leave, err := h.enter(ctx, name)
-	if err != nil {
-		return registry.Volume{}, err
-	}
-	defer leave()
-	e, err := h.load(ctx, name)
-	if err != nil {
-		return e.Record, err
-	}
-	grown := e.Record
-	grown.Size = size
-	switch err := h.checkRecord(&grown); {
-	case e.Record.State != registry.StateReady:
-		return e.Record, control.Errorf(control.CodeUnavailable, "volume %s can't be resized: %s", name, stateText(e.Record.State))
-	case size < e.Record.Size:
-		return e.Record, control.Errorf(control.CodeInvalid, "volume %s: size %d: must be at least the present size, %d bytes (%s): volumes only grow", name, size, e.Record.Size, Size(e.Record.Size))
-	case err != nil:
-		return e.Record, control.Errorf(control.CodeInvalid, "%v", err)
-	}
-	if size > e.Record.Size {
-		before := e.Record.Size
-		e.Record.Size = size
-		if e, err = registry.Replace(ctx, h.reg, registry.VolumeKey(e.Record.Pool, e.Record.Name), e); err != nil {
-			return e.Record, fmt.Errorf("resize volume %s: %w", name, err)
-		}
-		h.log.Info().Str("volume", name).Uint64("from", before).Uint64("to", size).Msg("volume resized")
-	}
-	if dev := h.device(v.name); dev != nil && dev.Info().Size != size {
-		if err := dev.Resize(context.WithoutCancel(ctx), size); err != nil {
-			return e.Record, fmt.Errorf("resize volume %s: the new size is recorded, but the running volume did not take it: %w; call resize again", name, err)
-		}
-	}
-	return e.Record, nil
 }
 
 // usedBy names the front end that writes to a volume, or else those connected.

@@ -52,7 +52,7 @@ func TestVolumeLife(t *testing.T) {
 	if again, err := b.Open(ctx, "default/vm1"); err != nil || again != dev {
 		t.Fatalf("second Open: %v, %v", again, err)
 	}
-	if v, err = b.api.ResizeVolume(ctx, "default/vm1", 2<<30); err != nil || v.Size != 2<<30 || dev.Info().Size != 2<<30 {
+	if v, err = b.api.ResizeVolume(ctx, "default/vm1", 2<<30, false); err != nil || v.Size != 2<<30 || dev.Info().Size != 2<<30 {
 		t.Fatalf("resize: %+v, %v; the device has %d", v, err, dev.Info().Size)
 	}
 	if st, err := b.api.Stats(ctx, "default/vm1"); err != nil || st.Counters["sync_count"] != 7 || st.Ops["write"].Bytes != 12288 || st.Space.Live != 8192 || st.Conditions[0].Code != "throttled" {
@@ -61,7 +61,7 @@ func TestVolumeLife(t *testing.T) {
 	if names := b.attached(); !slices.Equal(names, []string{"default/vm1"}) {
 		t.Fatalf("attached %v", names)
 	}
-	if err := b.api.DeleteVolume(ctx, "default/vm1", nil); err != nil {
+	if err := b.api.DeleteVolume(ctx, "default/vm1", false, nil); err != nil {
 		t.Fatal(err)
 	}
 	if b.front.has("default/vm1") || len(b.engine.made) != 0 || len(b.attached()) != 0 {
@@ -91,18 +91,18 @@ func TestDeleteInUseIsRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, err := range []error{b.api.CheckDelete(ctx, "default/vm1"), b.api.DeleteVolume(ctx, "default/vm1", nil)} {
+	for _, err := range []error{b.api.CheckDelete(ctx, "default/vm1", false), b.api.DeleteVolume(ctx, "default/vm1", false, nil)} {
 		if control.CodeOf(err) != control.CodeInUse || !strings.Contains(err.Error(), "vhost 7") {
 			t.Fatalf("delete of a claimed volume: %v", err)
 		}
 	}
 	release()
 	b.front.users = []string{"nbd pid 9"}
-	if err := b.api.DeleteVolume(ctx, "default/vm1", nil); control.CodeOf(err) != control.CodeInUse || !strings.Contains(err.Error(), "nbd pid 9") {
+	if err := b.api.DeleteVolume(ctx, "default/vm1", false, nil); control.CodeOf(err) != control.CodeInUse || !strings.Contains(err.Error(), "nbd pid 9") {
 		t.Fatalf("delete of a volume with a reader: %v", err)
 	}
 	b.front.users = nil
-	if err := b.api.DeleteVolume(ctx, "default/vm1", nil); err != nil {
+	if err := b.api.DeleteVolume(ctx, "default/vm1", false, nil); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -112,7 +112,7 @@ func TestRefusals(t *testing.T) {
 	ctx := testContext(t)
 	b.mustCreate(t, "there")
 	create := func(r control.CreateVolume) error { _, err := b.api.CreateVolume(ctx, r); return err }
-	resize := func(size uint64) error { _, err := b.api.ResizeVolume(ctx, "default/there", size); return err }
+	resize := func(size uint64) error { _, err := b.api.ResizeVolume(ctx, "default/there", size, false); return err }
 	for _, tt := range []struct {
 		name string
 		err  error
@@ -130,7 +130,7 @@ func TestRefusals(t *testing.T) {
 		{"serial", create(control.CreateVolume{Name: "v", Size: 4096, Serial: strings.Repeat("s", 21)}), control.CodeInvalid, "at most 20"},
 		{"odd serial", create(control.CreateVolume{Name: "v", Size: 4096, Serial: "a\nb"}), control.CodeInvalid, "printable"},
 		{"long", create(control.CreateVolume{Name: strings.Repeat("v", 63), Size: 4096, Serial: "ok"}), "", ""},
-		{"shrink", resize(4096), control.CodeInvalid, "only grow"},
+		{"shrink", resize(4096), control.CodeNeedsForce, "would be lost"},
 		{"odd resize", resize(1<<30 + 5), control.CodeInvalid, "multiple of 4096"},
 		{"pool in use", b.api.DeletePool(ctx, "default"), control.CodeInUse, "2 volumes"},
 	} {
@@ -171,7 +171,7 @@ func TestP3UnfinishedVolumesAreFinished(t *testing.T) {
 	died := errors.New("injected: the daemon dies here")
 	b.mustCreate(t, "going")
 	b.engine.fail["delete"] = died
-	if err := b.api.DeleteVolume(ctx, "default/going", nil); !errors.Is(err, died) {
+	if err := b.api.DeleteVolume(ctx, "default/going", false, nil); !errors.Is(err, died) {
 		t.Fatal(err)
 	}
 	// A creation that dies in the engine, as the record alone tells.

@@ -183,8 +183,9 @@ func BeginDeleteVolume(ctx context.Context, s Store, e Entry[Volume]) (Entry[Vol
 	return back, errors.Join(err, backErr)
 }
 
-// ReviveParents makes what is deleting and has clones ready again: its deleter
-// died before it saw them. Called at a start, before any volume is opened.
+// ReviveParents makes what is deleting and has clones ready again, and takes back
+// rollbacks over a snapshot that has: who began that died before it saw them.
+// Called at a start, before any volume is opened.
 func ReviveParents(ctx context.Context, s Store) error {
 	all, err := LoadAll[Volume](ctx, s, VolumePrefix)
 	if err != nil {
@@ -210,7 +211,28 @@ func ReviveParents(ctx context.Context, s Store) error {
 			}
 		}
 	}
+	for _, e := range all {
+		if e.Record.RollingBack != nil && rollsOverClones(&e.Record, all, snapshots) {
+			if _, err := Update(ctx, s, VolumeKey(e.Record.Pool, e.Record.Name), func(r *Volume) error {
+				r.RollingBack = nil
+				return nil
+			}); err != nil {
+				return err
+			}
+		}
+	}
 	return nil
+}
+
+// rollsOverClones says whether a snapshot behind the one that v goes back to has
+// clones.
+func rollsOverClones(v *Volume, all []Entry[Volume], snapshots []Entry[Snapshot]) bool {
+	i := slices.IndexFunc(snapshots, func(s Entry[Snapshot]) bool {
+		return s.Record.Volume == v.ID && s.Record.ID == *v.RollingBack
+	})
+	return i >= 0 && slices.ContainsFunc(snapshots, func(s Entry[Snapshot]) bool {
+		return s.Record.Volume == v.ID && s.Record.Sequence > snapshots[i].Record.Sequence && len(ClonesAmong(all, v.ID, s.Record.ID)) > 0
+	})
 }
 
 // BeginClone writes the record of a clone, in state creating, if the parent and
@@ -227,6 +249,8 @@ func BeginClone(ctx context.Context, s Store, parent Entry[Volume], snapshot Ent
 		return e, &StateError{"volume " + parent.Record.FullName(), parent.Record.State}
 	case snapshot.Record.State != StateReady:
 		return e, &StateError{"snapshot " + from, snapshot.Record.State}
+	case parent.Record.RollingBack != nil:
+		return e, &StateError{"volume " + parent.Record.FullName(), "rolling back"}
 	}
 	key := VolumeKey(r.Pool, r.Name)
 	if _, found, err := s.Get(ctx, key); err != nil || found {
@@ -291,6 +315,42 @@ func RemoveSnapshots(ctx context.Context, s Store, volume uuid.UUID) error {
 		}
 		if _, err := s.Commit(ctx, nil, writes); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// BeginRollback records that a volume goes back to a snapshot, after which no
+// clone of it can be begun, if no clone reads one of the later snapshots, which
+// are to go; else *ClonesError.
+func BeginRollback(ctx context.Context, s Store, e Entry[Volume], to uuid.UUID, later []Entry[Snapshot]) (Entry[Volume], error) {
+	if err := checkNoClones(ctx, s, &e.Record, later); err != nil {
+		return e, err
+	}
+	key := VolumeKey(e.Record.Pool, e.Record.Name)
+	e.Record.RollingBack = &to
+	e, err := Replace(ctx, s, key, e)
+	if err != nil {
+		e.Record.RollingBack = nil
+		return e, err
+	}
+	if err := checkNoClones(ctx, s, &e.Record, later); err != nil {
+		e.Record.RollingBack = nil
+		back, backErr := Replace(ctx, s, key, e)
+		return back, errors.Join(err, backErr)
+	}
+	return e, nil
+}
+
+func checkNoClones(ctx context.Context, s Store, v *Volume, snapshots []Entry[Snapshot]) error {
+	all, err := LoadAll[Volume](ctx, s, VolumePrefix)
+	if err != nil {
+		return err
+	}
+	for i := range snapshots {
+		r := &snapshots[i].Record
+		if clones := ClonesAmong(all, v.ID, r.ID); len(clones) > 0 {
+			return &ClonesError{fmt.Sprintf("snapshot %s@%s", v.FullName(), r.Name), clones}
 		}
 	}
 	return nil
