@@ -35,6 +35,18 @@
 // Each SCO's first record names its predecessor and how many records that one
 // ended with. A checkpoint always lies between two SCOs.
 //
+// # Snapshots and clones
+//
+// A snapshot is a checkpoint whose root is kept (snapshot.go); a view of one is its
+// root's map over the same SCOs (view.go). A clone's SCO numbers go on above those of
+// its parent's snapshot, so a location says by itself whose it is (ancestry.go).
+// Neither shows in the path of a write. A SCO goes when it has no live cluster, no
+// snapshot pins any, and a root that says so is in the store; what snapshots pin is
+// not moved by the scrubber, as that would double it.
+//
+// What a rollback, a shrink and a flattened clone leave behind goes the same way. A
+// rollback's root takes its name with the gate closed: with it the map changes.
+//
 // # The gate
 //
 // Writers hold Volume.gate shared from reservation to map update. What must not
@@ -46,11 +58,16 @@
 //
 // # Lock order
 //
-//	house → checkMu → checkpoints.mu → ioMu → gate → extendMu → metaMu → pool.mu
+//	resizeMu → house → checkMu → checkpoints.mu → ioMu → gate → extendMu → metaMu → pool.mu
 //	                    rmw → gate → io.mu
+//	                    checkMu → snapshotState.mu → metaMu
+//
+// A clone takes its ancestors' metaMu with its own checkpoints.mu held, never the
+// other way round.
 //
 // fileCache.mu, crcCache.mu, liveTable.mu, parked.mu, storeWaits.mu, conds.mu, claims.mu, users.mu are
-// leaves. Nothing waits for a disk, a store or the pool while it holds gate.
+// leaves. Nothing waits for a disk, a store or the pool while it holds gate, except
+// the end of a rollback, when no front end has the volume.
 //
 // # Goroutines
 //
@@ -61,7 +78,7 @@
 //
 // # Failure
 //
-// Close first ends what works with the store, then housekeep, then waits for
+// Close waits for the clones of the volume, which read through it. Then it first ends what works with the store, then housekeep, then waits for
 // whoever is inside without a request (users) and for requests, and only then
 // writes the last checkpoint: nothing else writes to the log by then.
 //

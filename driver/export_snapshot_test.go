@@ -116,3 +116,14 @@ func (v *Volume) Held() map[uint64]bool {
 	}
 	return out
 }
+
+// ForgetRAM makes sealed SCOs be read from their files.
+func (e *Engine) ForgetRAM() {
+	for _, v := range e.list() {
+		for i := range v.ram {
+			if l := v.ram[i].Load(); l != nil && l.sealed.Load() && v.ram[i].CompareAndSwap(l, nil) {
+				l.releaseChunks()
+			}
+		}
+	}
+}
