@@ -97,7 +97,7 @@ func TestP8SnapshotOnAFullDisk(t *testing.T) {
 	r.must(r.write(1000, 100, 0))
 	before, err := r.fs.List("data/volumes/" + r.cfg.ID.String() + "/map")
 	r.must(err)
-	r.fs.SetCapacity(r.fs.Used())
+	r.fs.SetCapacity(1)
 	_, err = r.vol.CreateSnapshot(ctx, uuid.UUID{1}, "full", nil)
 	if !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("snapshot on a full disk: %v", err)
