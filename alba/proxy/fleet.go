@@ -251,10 +251,10 @@ func (m *Member) note(ctx context.Context, took time.Duration, err error) error 
 		m.full = time.Now()
 		m.mu.Unlock()
 		m.ok(0)
-	case deviceFailure(err):
-		m.failed(time.Now(), err)
+	case answered(err):
+		m.ok(0)
 	default:
-		m.ok(0) // it answered
+		m.failed(time.Now(), err)
 	}
 	return err
 }

@@ -1,9 +1,9 @@
 package proxy
 
 import (
-	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 	"time"
 
@@ -123,9 +123,13 @@ func (h *health) latency() time.Duration {
 	return h.mean
 }
 
-// deviceFailure says whether an error speaks against the device as a whole, not
-// against one value or this request.
-func deviceFailure(err error) bool {
-	return errors.Is(err, asd.ErrUnavailable) || errors.Is(err, asd.ErrUnknownOutcome) || errors.Is(err, asd.ErrFailed) ||
-		errors.Is(err, asd.ErrWrongASD) || errors.Is(err, asd.ErrClosed) || errors.Is(err, context.DeadlineExceeded)
+// answered says that an error is about one value or this request, from a device that
+// works. All others speak against the device as a whole.
+func answered(err error) bool {
+	for _, e := range []error{asd.ErrNoKey, asd.ErrFull, asd.ErrStaleEpoch, asd.ErrAssert, asd.ErrCorrupt, asd.ErrInvalid, io.ErrUnexpectedEOF} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
