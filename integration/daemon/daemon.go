@@ -124,6 +124,9 @@ func (d *Daemon) VhostSocket(volume string) string {
 	return filepath.Join(d.RunDir, "vhost", "default", volume+".sock")
 }
 
+// ShmSocket is where shared-memory clients connect.
+func (d *Daemon) ShmSocket() string { return filepath.Join(d.RunDir, "shm.sock") }
+
 // NBDSocket is the helper socket.
 func (d *Daemon) NBDSocket() string { return filepath.Join(d.RunDir, "nbd.sock") }
 

@@ -19,6 +19,7 @@ import (
 	"syscall"
 
 	"scoria/integration/guest"
+	"scoria/integration/shmtools"
 )
 
 // need is a package with a file that shows it is there.
@@ -36,7 +37,12 @@ var needs = []need{
 	{"seabios", []string{"/usr/share/seabios/bios-256k.bin"}, "the test guests' BIOS"},
 	{"fio", []string{"fio"}, "the load in the guests, and a client of the helper socket"},
 	{"libnbd-bin", []string{"nbdinfo", "nbdcopy"}, "clients of the helper socket"},
-	{"nbdkit", []string{"nbdkit"}, "a peer of the benchmarks"},
+	{"nbdkit", []string{"nbdkit"}, "a peer of the benchmarks, and a client of shared memory"},
+	{"nbdkit-plugin-dev", []string{"/usr/include/nbdkit-plugin.h"}, "the nbdkit plugin is compiled against it"},
+	{"clang", []string{"clang"}, "a second compiler for the C client"},
+	{"libclang-rt-dev", []string{"/usr/share/doc/libclang-rt-dev"}, "the C client is tested with its sanitizers"},
+	{"make", []string{"make"}, "builds the C client"},
+	{"pkg-config", []string{"pkg-config"}, "programs find the C client with it"},
 	{"busybox-static", []string{"busybox"}, "the test guests' user space"},
 	{"e2fsprogs", []string{"mke2fs", "e2fsck", "resize2fs"}, "makes and checks file systems, in the guest and outside"},
 	{"libdevmapper1.02.1", []string{"/usr/lib/x86_64-linux-gnu/libdevmapper.so.1.02.1"}, "GRUB's image maker links with it"},
@@ -109,6 +115,11 @@ var unpackedNeeds = []unpacked{
 		name: "a guest kernel", reason: "the test guests boot it",
 		find:  func() error { _, err := guest.FindKernel(); return err },
 		fetch: func(ctx context.Context) error { _, err := guest.FetchKernel(ctx); return err },
+	},
+	{
+		name: "fio's source", reason: "the fio engine is compiled against its headers",
+		find:  func() error { _, err := shmtools.FindFioSource(context.Background()); return err },
+		fetch: shmtools.FetchFioSource,
 	},
 	{
 		name: "GRUB", reason: "a test guest boots from a volume with it",

@@ -146,8 +146,8 @@ static unsigned ring_entries(struct thread_data *td)
 	return n;
 }
 
-/* fio's buffers: the arena. It comes before init, so the ring is made here. */
-static int engine_iomem_alloc(struct thread_data *td, size_t bytes)
+/* Makes the job's ring, with an arena for fio's buffers. */
+static int make_ring(struct thread_data *td, size_t bytes)
 {
 	struct scoria_options *o = td->eo;
 	struct scoria_data *d = calloc(1, sizeof *d);
@@ -164,11 +164,20 @@ static int engine_iomem_alloc(struct thread_data *td, size_t bytes)
 	scoria_ring_set_poll(d->ring, o->poll_us);
 	d->done = calloc(ring_entries(td), sizeof *d->done);
 	td->io_ops_data = d;
+	return 0;
+}
+
+static int engine_iomem_alloc(struct thread_data *td, size_t bytes)
+{
+	struct scoria_data *d;
+	if (make_ring(td, bytes))
+		return 1;
+	d = td->io_ops_data;
 	td->orig_buffer = scoria_ring_arena(d->ring, NULL);
 	return 0;
 }
 
-static void engine_iomem_free(struct thread_data *td)
+static void engine_cleanup(struct thread_data *td)
 {
 	struct scoria_data *d = td->io_ops_data;
 	if (!d)
@@ -180,7 +189,11 @@ static void engine_iomem_free(struct thread_data *td)
 	td->io_ops_data = NULL;
 }
 
-static int engine_init(struct thread_data *td) { return 0; }
+/* The buffers go with the ring, in engine_cleanup. */
+static void engine_iomem_free(struct thread_data *td) { td->orig_buffer = NULL; }
+
+/* It comes before iomem_alloc, which does not come to jobs that only trim. */
+static int engine_init(struct thread_data *td) { return td_read(td) || td_write(td) ? 0 : make_ring(td, 0); }
 
 static enum fio_q_status engine_queue(struct thread_data *td, struct io_u *io_u)
 {
@@ -245,6 +258,7 @@ struct ioengine_ops ioengine = {
 	.flags = FIO_DISKLESSIO | FIO_NOEXTEND | FIO_NODISKUTIL | FIO_RAWIO,
 	.setup = engine_setup,
 	.init = engine_init,
+	.cleanup = engine_cleanup,
 	.queue = engine_queue,
 	.commit = engine_commit,
 	.getevents = engine_getevents,
