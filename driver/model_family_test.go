@@ -256,7 +256,17 @@ func TestP2Family(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		f.note("the local disk is lost")
+		f.note("the local disk is lost, and what the registry knew of snapshots")
+		f.worlds[0].start()
+		for _, w := range f.worlds {
+			w.cfg.Store = f.worlds[0].store
+			found, err := f.worlds[0].eng.FindSnapshots(context.Background(), w.cfg)
+			if err != nil || len(found) != len(w.shots) {
+				t.Fatalf("%s: found %+v, %v, want %d", f.where(), found, err, len(w.shots))
+			}
+			w.cfg.Snapshots = found
+		}
+		f.close()
 		f.goOn(f.worlds[0].fs, true)
 		f.verify((*world).verifyAll)
 		f.check()

@@ -194,6 +194,8 @@ func TestP5DamagedSnapshotRoot(t *testing.T) {
 	if err != nil || len(rep.Problems) == 0 || !strings.Contains(strings.Join(rep.Problems, " "), "snapshot 1") {
 		t.Errorf("check: %v %q", err, rep.Problems)
 	}
+	r.close()
+	r.reopen() // all the same
 	// Deleting the one before needs that root; deleting it does not.
 	if err := r.vol.DeleteSnapshot(ctx, r.cfg.Snapshots[0].ID); err == nil {
 		t.Error("a neighbour was deleted without knowing what the next one needs")

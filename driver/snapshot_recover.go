@@ -3,7 +3,9 @@ package driver
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 
 	"scoria/driver/lba"
@@ -58,30 +60,13 @@ func (v *Volume) restoreSnapshots(ctx context.Context, root *lba.Root, blob *roo
 			c.dropped = append(c.dropped, r)
 		}
 	}
-	// Where the root's pins can't be trusted: around roots of no snapshot, and
-	// from the first snapshot on that is newer.
-	var doubt []uint64
-	for _, set := range []map[uint64]bool{found.local, found.stored} {
-		for seq := range set {
-			if !exists[seq] {
-				c.gone[seq] = c.sequence + 1
-				doubt = append(doubt, seq)
-			}
-		}
-	}
-	for _, s := range v.snaps {
-		if s.Sequence > root.Sequence {
-			doubt = append(doubt, s.Sequence)
-		}
-	}
-	if err := v.repinAround(ctx, doubt); err != nil {
+	if err := v.correctPins(ctx, root.Sequence, exists, found); err != nil {
 		return err
 	}
-	c.overdue = len(doubt) > 0
 	for _, s := range v.snaps {
 		if !found.stored[s.Sequence] {
 			if err := v.requeue(ctx, s); err != nil {
-				return err
+				v.damagedSnapshot(err)
 			}
 		} else if found.local[s.Sequence] {
 			c.removeMapFile(snapName(s.Sequence))
@@ -91,29 +76,64 @@ func (v *Volume) restoreSnapshots(ctx context.Context, root *lba.Root, blob *roo
 	return nil
 }
 
+// correctPins computes pins anew where those of the root can't be trusted: around
+// roots of no snapshot, which go, and from the first snapshot on that is newer.
+func (v *Volume) correctPins(ctx context.Context, newest uint64, exists map[uint64]bool, found *foundSnaps) error {
+	c := v.ckpt
+	var doubt []uint64
+	for _, set := range []map[uint64]bool{found.local, found.stored} {
+		for seq := range set {
+			if !exists[seq] {
+				doubt = append(doubt, seq)
+			}
+		}
+	}
+	for _, s := range v.snaps {
+		if s.Sequence > newest {
+			doubt = append(doubt, s.Sequence)
+		}
+	}
+	outcome := map[int]error{} // by the snapshot behind
+	for _, seq := range doubt {
+		i, _ := slices.BinarySearchFunc(v.snaps, seq, func(s *snapshotState, seq uint64) int { return cmp.Compare(s.Sequence, seq) })
+		err, known := outcome[i]
+		if !known {
+			err = v.repinBefore(ctx, i)
+			outcome[i] = err
+		}
+		if errors.As(err, new(*storeError)) {
+			return err
+		}
+		if err != nil {
+			// What is pinned too much, with a root that nobody needs, is found again
+			// next time.
+			v.damagedSnapshot(err)
+			continue
+		}
+		c.overdue = true
+		if !exists[seq] {
+			c.gone[seq] = c.sequence + 1
+		}
+	}
+	return nil
+}
+
+// repinBefore computes the pins between the i-th snapshot, which may be none, and
+// the one before it.
+func (v *Volume) repinBefore(ctx context.Context, i int) error {
+	r, err := v.ckpt.reachBetween(ctx, i, i)
+	if err == nil {
+		v.ckpt.repin(r)
+	}
+	return err
+}
+
 func isDropped(ranges []seqRange, seq uint64) bool {
 	return slices.ContainsFunc(ranges, func(r seqRange) bool { return r.contains(seq) })
 }
 
-// repinAround computes the pins between the two snapshots that lie around each of
-// the sequence numbers, from the root of the later one.
-func (v *Volume) repinAround(ctx context.Context, sequences []uint64) error {
-	c := v.ckpt
-	slices.Sort(sequences)
-	done := -1
-	for _, seq := range sequences {
-		i, _ := slices.BinarySearchFunc(v.snaps, seq, func(s *snapshotState, seq uint64) int { return cmp.Compare(s.Sequence, seq) })
-		if i == done {
-			continue
-		}
-		done = i
-		r, err := c.reachBetween(ctx, i, i)
-		if err != nil {
-			return err
-		}
-		c.repin(r)
-	}
-	return nil
+func (v *Volume) damagedSnapshot(err error) {
+	v.raise("damaged-snapshot", "a snapshot's root can't be read (%v): the snapshot can't be read, nor can the one before it be deleted; run scoria volume check %s and delete it", err, v.cfg.Name)
 }
 
 // requeue lets a snapshot's root go to the store.
@@ -135,4 +155,40 @@ func (v *Volume) requeue(ctx context.Context, s *snapshotState) error {
 	}
 	v.ckpt.queue = append(v.ckpt.queue, p)
 	return nil
+}
+
+// FindSnapshots lists the snapshots of a volume that is not open, from what lies on
+// the local disk and in the store, oldest first: for a registry that has lost its
+// records. Roots that can't be read are left out and reported in the error.
+func (e *Engine) FindSnapshots(ctx context.Context, cfg VolumeConfig) ([]Snapshot, error) {
+	v := &Volume{eng: e, cfg: cfg, dir: e.volumeDir(cfg.ID), log: e.cfg.Log, ctx: ctx}
+	names, err := cfg.Store.List(ctx, v.namespace(), snapPrefix)
+	if err != nil {
+		return nil, fmt.Errorf("volume %s: snapshots: %w", cfg.Name, err)
+	}
+	local, err := e.cfg.FS.List(v.mapDir())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("volume %s: snapshots: %w", cfg.Name, err)
+	}
+	found := foundSnaps{local: map[uint64]bool{}, stored: map[uint64]bool{}}
+	var out []Snapshot
+	var errs []error
+	for _, n := range append(names, local...) {
+		seq, ok := found.see(n, false)
+		if !ok || found.stored[seq] {
+			continue
+		}
+		found.stored[seq] = true // once
+		root, err := v.readRoot(n)
+		if err == nil {
+			var blob *rootBlob
+			if blob, err = decodeBlob(root.Blob); err == nil && blob.snapshot != nil {
+				out = append(out, *blob.snapshot)
+				continue
+			}
+		}
+		errs = append(errs, fmt.Errorf("volume %s: %s: %w", cfg.Name, n, err))
+	}
+	slices.SortFunc(out, func(a, b Snapshot) int { return cmp.Compare(a.Sequence, b.Sequence) })
+	return out, errors.Join(errs...)
 }
