@@ -1,0 +1,34 @@
+// Package remote carries asd.Client over TCP: New makes a client of an ASD on
+// another host, Server serves an ASD. The bytes are those of scoria/alba/wire.
+//
+// # Client
+//
+// A client has two connections, lanes: one for what is small, one for requests
+// and answers of 64 KiB and more and for repair, so that a 4 KiB read does not
+// wait behind a fragment. A lane connects when a request needs it. If that fails
+// it is not tried again for a while (Options.MinBackoff, doubled up to
+// MaxBackoff), and requests fail at once with asd.ErrUnavailable. A request that
+// met a dying connection before it was sent, or that only reads, is tried once
+// more on a new one.
+//
+// A server that owes an answer and sends nothing for Options.PingAfter gets a
+// ping, which it answers whatever its disk does; if nothing comes for
+// DeadAfter more, the connection is given up.
+//
+// Goroutines per connection: reader, writer, pinger. They end with it.
+//
+// # Server
+//
+// Memory is bounded in requests under way per connection, and in bytes of
+// requests and of answers, per connection and in all. A connection that is at a
+// limit isn't read from (back-pressure), one that doesn't take its answers for
+// WriteTimeout is closed. Bytes of requests are taken before those of answers,
+// from pools of their own, so that they can't wait for each other in a circle.
+//
+// Goroutines per connection: reader, writer, and one per request under way.
+//
+// # Locks
+//
+// Client: lane.mu, then conn.mu. Server: Server.mu and serverConn.mu, neither
+// with the other held.
+package remote
