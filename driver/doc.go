@@ -84,6 +84,7 @@
 //
 // A full disk pauses (P8), and so does a store that does not answer
 // (storewait.go). A failed sync is final for the volume: flushes and writes fail
-// until the daemon is restarted, because nobody can say what the disk kept. A
+// until the daemon is restarted, because nobody can say what the disk kept; what
+// it has in the pool is written out without a sync, so that others get the room. A
 // store that refuses our epoch ends the volume's service (P4).
 package driver

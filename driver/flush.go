@@ -152,8 +152,12 @@ func (v *Volume) ioLoop() {
 		more, err := v.ioStep()
 		if err != nil {
 			v.ioFailed(err)
+			pause := 200 * time.Millisecond
+			if v.failed.Load() {
+				pause = failedPause
+			}
 			select {
-			case <-time.After(200 * time.Millisecond):
+			case <-time.After(pause):
 				v.kickIO()
 			case <-v.ctx.Done():
 			}
@@ -173,6 +177,9 @@ func (v *Volume) ioLoop() {
 func (v *Volume) ioStep() (more bool, err error) {
 	v.ioMu.Lock()
 	defer v.ioMu.Unlock()
+	if v.failed.Load() {
+		return v.spillFailed()
+	}
 	v.metaMu.Lock()
 	var l *logSCO
 	if len(v.unsealed) > 0 {
@@ -343,8 +350,11 @@ func (v *Volume) syncFile(l *logSCO) error {
 
 // syncFailed ends the volume's service of flushes and writes.
 func (v *Volume) syncFailed(l *logSCO, err error) error {
-	v.failed.Store(true)
+	if !v.failed.Swap(true) {
+		v.spawn(v.afterFailure)
+	}
 	l.lost = true
+	v.spillAgain(l)
 	v.raise("sync-failed", "a sync of the local disk failed (%v): flushes of this volume fail until the daemon is restarted, because nobody can say what the disk has kept; check the disk under %s", err, v.dir)
 	return fmt.Errorf("flush: SCO %d: %w: %v", l.hdr.Number, block.ErrFailed, err)
 }

@@ -270,7 +270,7 @@ func (p *pool) popClean() uint32 {
 		e := p.clean[0]
 		p.clean = p.clean[1:]
 		id := uint32(e >> 32)
-		if p.gen[id].Load() != uint32(e) {
+		if p.gen[id].Load() != uint32(e) || !p.owners[id].clean {
 			continue
 		}
 		p.nclean--
@@ -306,6 +306,23 @@ func (p *pool) markClean(l *logSCO, slot uint32) {
 	p.nclean++
 	p.dirty.Add(^uint32(0))
 	p.signalRoom()
+}
+
+// markDirty takes markClean back and reports whether the slot's chunk is still
+// there: its bytes may not be in the file after all.
+func (p *pool) markDirty(l *logSCO, slot uint32) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	id := l.data[slot].Load()
+	if id == 0 || p.owners[id].log != l {
+		return false
+	}
+	if p.owners[id].clean { // its entry in the fifo is skipped
+		p.owners[id].clean = false
+		p.nclean--
+		p.dirty.Add(1)
+	}
+	return true
 }
 
 // release frees chunk id at once.

@@ -178,11 +178,11 @@ func (v *Volume) readSlowly(m *lba.Map, seq *seqReader, r *block.Request) (err e
 		if sequential {
 			want = maxRunClusters // what comes along stays in the read cache
 		}
-		var got uint32
-		err := v.patiently(ctx, func(ctx context.Context) (err error) {
-			got, err = v.readRun(ctx, m, cluster, uint32(want), buf[:])
-			return err
-		})
+		got, err := v.readPatiently(ctx, m, cluster, uint32(want), buf[:])
+		if errors.Is(err, block.ErrCorrupt) {
+			// It may be a neighbour that is damaged.
+			got, err = v.readPatiently(ctx, m, cluster, 1, buf[:])
+		}
 		if err != nil {
 			return fmt.Errorf("read %d bytes at %d: %w", r.Length, r.Offset, err)
 		}
@@ -191,6 +191,15 @@ func (v *Volume) readSlowly(m *lba.Map, seq *seqReader, r *block.Request) (err e
 		pos += n
 	}
 	return nil
+}
+
+// readPatiently is readRun, waiting for the store.
+func (v *Volume) readPatiently(ctx context.Context, m *lba.Map, cluster uint64, n uint32, buf []byte) (got uint32, err error) {
+	err = v.patiently(ctx, func(ctx context.Context) (err error) {
+		got, err = v.readRun(ctx, m, cluster, n, buf)
+		return err
+	})
+	return got, err
 }
 
 // readRun reads up to n consecutive clusters from cluster on that can be read
