@@ -169,13 +169,18 @@ const maxClosed = 32
 
 // kickAll makes every volume write out what it can: one of them waits for room.
 // A head that is filled in part holds chunks that only its end can free, so those
-// that were not written to for the longest time are closed.
+// that were not written to for the longest time are closed. One that was written
+// to just now is left alone, unless heads take a good part of the pool: closing it
+// would cost its volume a new SCO every few writes and free next to nothing.
 func (e *Engine) kickAll() {
+	const perHead = 2 // chunks: one of clusters, one of records
 	volumes := e.list()
+	crowd := uint32(len(volumes))*perHead > e.pool.n/4
+	recently := e.now.Load() - int64(2*time.Second)
 	slices.SortFunc(volumes, func(a, b *Volume) int { return cmp.Compare(a.lastWrite.Load(), b.lastWrite.Load()) })
 	closed := 0
 	for _, v := range volumes {
-		if closed < maxClosed && e.pool.fill() > throttleAt && v.closeHead() {
+		if closed < maxClosed && e.pool.fill() > throttleAt && (crowd || v.lastWrite.Load() < recently) && v.closeHead() {
 			closed++
 		}
 		v.kickIO()

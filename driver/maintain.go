@@ -23,10 +23,14 @@ const (
 	idleSeal  = 60 * time.Second
 )
 
+// exemptShare is the part of its fair share of the pool below which a volume is
+// not slowed down for the pool's sake: it is others that fill it.
+const exemptShare = 0.5
+
 // mustThrottle reports whether writes have to go through the queue: somebody
 // waits already, or the pool is so full that they are slowed down.
 func (v *Volume) mustThrottle() bool {
-	return v.eng.pool.fill() > throttleAt || v.parked.busy.Load() || v.tooMuchGarbage.Load()
+	return v.eng.pool.fill() > throttleAt && v.eng.pool.share(v) > exemptShare || v.parked.busy.Load() || v.tooMuchGarbage.Load()
 }
 
 // throttleDelay is how long writers rest after that many clusters: from nothing
@@ -34,6 +38,9 @@ func (v *Volume) mustThrottle() bool {
 func (v *Volume) throttleDelay(clusters uint32) time.Duration {
 	per := float64(v.eng.perCluster.Load())
 	f := (v.eng.pool.fill() - throttleAt) / (1 - throttleAt)
+	if v.eng.pool.share(v) <= exemptShare {
+		f = 0
+	}
 	if v.tooMuchGarbage.Load() {
 		f = max(f, 0.5)
 	}

@@ -89,7 +89,34 @@ type pool struct {
 	found  map[uuid.UUID][]foundChunk
 	room   chan struct{} // closed and replaced when a chunk becomes free or clean
 
-	dirty atomic.Uint32 // chunks that hold bytes which are nowhere else
+	dirty   atomic.Uint32 // chunks that hold bytes which are nowhere else
+	holders atomic.Uint32 // volumes that have such chunks; changed under mu
+}
+
+// reservePart of the pool is kept for volumes that have no more than their fair
+// share of it: so one that writes faster than the disk can't take the room for
+// the few chunks that another one needs.
+const reservePart = 16
+
+// gained and lost count a volume's dirty chunks. Caller holds mu.
+func (p *pool) gained(l *logSCO) {
+	p.dirty.Add(1)
+	if l.vol.dirtyChunks.Add(1) == 1 {
+		p.holders.Add(1)
+	}
+}
+
+func (p *pool) lost(l *logSCO) {
+	p.dirty.Add(^uint32(0))
+	if l.vol.dirtyChunks.Add(^uint32(0)) == 0 {
+		p.holders.Add(^uint32(0))
+	}
+}
+
+// share is how much of its fair share of the pool a volume has in use: more than
+// 1 is too much if others want room.
+func (p *pool) share(v *Volume) float64 {
+	return float64(v.dirtyChunks.Load()) * float64(p.holders.Load()) / float64(p.n)
 }
 
 func poolBase(n uint32) int {
@@ -235,10 +262,15 @@ func (p *pool) chunk(id uint32) []byte {
 }
 
 // alloc gives a chunk to slot of l, taking the oldest clean one from its owner
-// if none is free. It returns 0 if all chunks are dirty. Chunks for records come
+// if none is free. It returns 0 if all chunks are dirty, or all but the reserve
+// and the volume has more than its fair share. Chunks for records come
 // zeroed.
 func (p *pool) alloc(l *logSCO, slot uint32, kind chunkKind) uint32 {
 	p.mu.Lock()
+	if uint32(len(p.free))+p.nclean <= p.n/reservePart && p.share(l.vol) > 1 {
+		p.mu.Unlock()
+		return 0
+	}
 	var id uint32
 	if k := len(p.free); k > 0 {
 		id = p.free[k-1]
@@ -248,7 +280,7 @@ func (p *pool) alloc(l *logSCO, slot uint32, kind chunkKind) uint32 {
 		return 0
 	}
 	p.owners[id] = chunkOwner{log: l, slot: slot, kind: kind}
-	p.dirty.Add(1)
+	p.gained(l)
 	p.mu.Unlock()
 
 	if kind == chunkRecs {
@@ -304,7 +336,7 @@ func (p *pool) markClean(l *logSCO, slot uint32) {
 	p.owners[id].clean = true
 	p.clean = append(p.clean, uint64(id)<<32|uint64(p.gen[id].Load()))
 	p.nclean++
-	p.dirty.Add(^uint32(0))
+	p.lost(l)
 	p.signalRoom()
 }
 
@@ -333,9 +365,12 @@ func (p *pool) release(id uint32) {
 }
 
 func (p *pool) releaseLocked(id uint32) {
-	if p.owners[id].clean {
+	switch o := &p.owners[id]; {
+	case o.clean:
 		p.nclean--
-	} else {
+	case o.log != nil:
+		p.lost(o.log)
+	default: // found at the start
 		p.dirty.Add(^uint32(0))
 	}
 	p.detach(id)
@@ -397,8 +432,10 @@ func (p *pool) abandon(l *logSCO) {
 			p.gen[id].Add(1)
 			if p.owners[id].clean {
 				p.nclean--
-				p.dirty.Add(1)
+			} else {
+				p.lost(l)
 			}
+			p.dirty.Add(1)
 			p.owners[id] = chunkOwner{}
 			p.found[l.hdr.Volume] = append(p.found[l.hdr.Volume],
 				foundChunk{id: id, sco: l.hdr.Number, slot: uint32(slot), kind: kind})
@@ -410,6 +447,8 @@ func (p *pool) abandon(l *logSCO) {
 func (p *pool) adopt(c foundChunk, l *logSCO) {
 	p.mu.Lock()
 	p.owners[c.id] = chunkOwner{log: l, slot: c.slot, kind: c.kind}
+	p.dirty.Add(^uint32(0)) // as a found one
+	p.gained(l)
 	p.mu.Unlock()
 	l.slots(c.kind)[c.slot].Store(c.id)
 }

@@ -82,9 +82,11 @@ type Volume struct {
 	failed     atomic.Bool // a sync failed: no flush succeeds any more
 	fenced     atomic.Bool // a newer owner exists: nothing is served any more
 	lastWrite  atomic.Int64
-	logSince   atomic.Int64 // records in the SCOs closed since the last checkpoint
-	scrubbing  atomic.Bool  // housekeep runs or is about to
-	putSince   atomic.Int64 // when the upload under way began, Unix nanoseconds; 0: none
+
+	dirtyChunks atomic.Uint32 // of the pool; see pool.share
+	logSince    atomic.Int64  // records in the SCOs closed since the last checkpoint
+	scrubbing   atomic.Bool   // housekeep runs or is about to
+	putSince    atomic.Int64  // when the upload under way began, Unix nanoseconds; 0: none
 
 	house      sync.Mutex // held by housekeep; before all other locks
 	unscrubbed map[uint64]time.Time
