@@ -19,7 +19,8 @@ import (
 const readBatch = 16
 
 // submitReads is the path of a read. What lies in RAM is copied on the caller's
-// goroutine; a request with any cluster elsewhere goes to another goroutine.
+// goroutine; a request with any cluster elsewhere, or so large that others would
+// wait for it, goes to another goroutine.
 func (v *Volume) submitReads(batch []*block.Request) {
 	info := v.info.Load()
 	unusable := v.usable()
@@ -40,7 +41,11 @@ func (v *Volume) submitReads(batch []*block.Request) {
 				continue
 			}
 			bytes += r.Length
-			ok, err := v.readInline(r, locs[i])
+			var ok bool
+			var err error
+			if r.Length <= maxInlineClusters*block.ClusterSize {
+				ok, err = v.readInline(r, locs[i])
+			}
 			switch {
 			case err != nil:
 				v.answer(r, err)

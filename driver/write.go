@@ -10,7 +10,8 @@ import (
 	"scoria/driver/tlog"
 )
 
-// maxInlineClusters bounds what a write copies on the caller's goroutine.
+// maxInlineClusters bounds what a request copies on the caller's goroutine: the
+// other queues of that front end's worker wait meanwhile.
 const maxInlineClusters = 256
 
 // errNoRoom: the pool has no chunk left; the write waits.

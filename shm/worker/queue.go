@@ -9,9 +9,11 @@ import (
 )
 
 const (
-	// passLimit bounds the requests that a queue takes before others get a turn,
-	// and before the peer gets its one signal.
+	// passLimit bounds the requests, and passBytes their data but for the last
+	// one's, that a queue takes before others get a turn, and before the peer gets
+	// its one signal.
 	passLimit = 64
+	passBytes = 512 << 10
 	// batchLimit bounds the requests given to the device and answered in the
 	// ring at once: a polling peer sees answers that early.
 	batchLimit = 16
@@ -199,11 +201,13 @@ func (q *Queue) drop(s *Slot) {
 	q.release(s)
 }
 
-// serve takes what the peer has made available, up to passLimit requests, and
-// returns how many there were.
+// serve takes what the peer has made available, within passLimit and passBytes,
+// and returns how many requests there were. It counts the worker's work: a unit
+// per request and per 4 KiB.
 func (q *Queue) serve() int {
 	total := 0
-	for total < passLimit && !q.paused {
+	var bytes uint64
+	for total < passLimit && bytes < passBytes && !q.paused {
 		ready, err := q.ring.Ready()
 		if err != nil {
 			q.Fail(err)
@@ -213,35 +217,40 @@ func (q *Queue) serve() int {
 			break
 		}
 		q.ring.DisableNotify()
-		n := min(ready, batchLimit, passLimit-total)
-		if err := q.take(n); err != nil {
+		n, b, err := q.take(min(ready, batchLimit, passLimit-total), passBytes-bytes)
+		total, bytes = total+n, bytes+b
+		if err != nil {
 			q.Fail(err)
 			break
 		}
-		total += n
 	}
 	if total > 0 {
+		q.w.work += total + int(bytes>>12)
 		q.signal()
 		q.pass.flush(q.count)
 	}
 	return total
 }
 
-// take moves n requests from the ring to the device and answers those that
-// end at once.
-func (q *Queue) take(n int) error {
+// take moves requests from the ring to the device, n at most and no more once
+// their data has reached room bytes, and answers those that end at once. It
+// returns how many there were, and how many bytes.
+func (q *Queue) take(n int, room uint64) (total int, bytes uint64, err error) {
 	batch, slots := q.batch[:0], q.batchSlots[:0]
-	for range n {
+	for ; total < n && bytes < room; total++ {
 		s := q.alloc()
 		submit, err := q.ring.Take(s)
 		if err != nil {
-			return err
+			return total, bytes, err
 		}
 		if !submit {
 			if err := q.answer(s); err != nil {
-				return err
+				return total, bytes, err
 			}
 			continue
+		}
+		if s.Req.Op == block.OpRead || s.Req.Op == block.OpWrite {
+			bytes += s.Req.Length // others move no data
 		}
 		if q.sampleTick++; q.sampleTick&sampleMask == 0 {
 			s.started = q.w.now()
@@ -271,7 +280,7 @@ func (q *Queue) take(n int) error {
 		q.count.inFlight.Add(int64(taken))
 	}
 	q.ring.Publish()
-	return failed
+	return total, bytes, failed
 }
 
 // ends reports whether a request with this outcome must not be answered: the

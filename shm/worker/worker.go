@@ -15,10 +15,11 @@ import (
 )
 
 const (
-	// A busy or polling worker asks the kernel for kicks of inactive queues once
-	// in so many passes.
-	busyPollPasses = 64
+	// A polling worker asks the kernel for kicks of inactive queues once in so many
+	// passes; a busy one after so much work (see Queue.serve): about 64 requests of
+	// 4 KiB, which is how long the busy queues make another one wait.
 	idlePollPasses = 32
+	busyPollWork   = 128
 	// A worker that polls in vain while requests are under way elsewhere lets
 	// other threads run once in so many passes.
 	yieldPasses = 8
@@ -65,6 +66,7 @@ type Worker struct {
 	current  *Queue   // whose memory may fault now
 	events   [64]unix.EpollEvent
 	passes   uint64
+	work     int   // since the last look at inactive queues
 	inFlight int   // requests that devices have taken over
 	lastIdle int64 // clock at the last pass in vain, if the one before was too
 	tokens   int64 // ns of polling in vain that the budget still allows
@@ -180,8 +182,14 @@ func (w *Worker) run() {
 		if progress {
 			w.lastIdle = 0
 			w.give.found()
-			if w.passes%busyPollPasses == 0 {
-				w.pollKicks()
+			if w.work++; w.work >= busyPollWork {
+				w.work = 0
+				w.pollInactive()
+				if w.inFlight > 0 {
+					// As in idlePass: a busy queue must not keep another one's request
+					// from those who carry it out.
+					yieldCPU()
+				}
 			}
 			continue
 		}
@@ -397,6 +405,18 @@ func (w *Worker) sleep() {
 		panic("worker: epoll_wait: " + err.Error())
 	}
 	w.kicked(n)
+	for _, q := range w.kickless {
+		w.activate(q)
+	}
+}
+
+// pollInactive looks for requests in the queues that are not polled, while others
+// are busy.
+func (w *Worker) pollInactive() {
+	if len(w.active) == len(w.queues) {
+		return
+	}
+	w.pollKicks()
 	for _, q := range w.kickless {
 		w.activate(q)
 	}
