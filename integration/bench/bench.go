@@ -145,7 +145,7 @@ func (b *bench) measure(ctx context.Context) {
 	for _, row := range []struct {
 		name string
 		do   func(context.Context) error
-	}{{rowSustained, b.measureSustained}, {rowIdle, b.measureIdle}, {rowRestart, b.measureRestart}, {rowRestartTiB, b.measureRestartTiB}} {
+	}{{rowSustained, b.measureSustained}, {rowNeighbour, b.measureNeighbour}, {rowIdle, b.measureIdle}, {rowRestart, b.measureRestart}, {rowRestartTiB, b.measureRestartTiB}} {
 		if b.wants(row.name) && ctx.Err() == nil {
 			b.fail(row.name, row.do(ctx))
 		}

@@ -54,6 +54,7 @@ const (
 	rowFlush1     = "A-flush-d1"     // also the bare loop's
 	rowSustained  = "A-sustained"    // random writes, write buffer full
 	rowIdle       = "idle"           // many attached volumes
+	rowNeighbour  = "neighbour"      // a quiet volume beside a busy one
 	rowRestart    = "restart"        // pause of an attached client
 	rowRestartTiB = "restart-1t"     // the same with 1 TiB mapped
 	settleLimit   = 15 * time.Second // between a measurement and the next

@@ -101,7 +101,7 @@ func listRows(w io.Writer) error {
 	for _, l := range workloads() {
 		fmt.Fprintln(w, l.name)
 	}
-	_, err := fmt.Fprintln(w, strings.Join([]string{rowTailWrite, rowTailRead, rowSustained, rowIdle, rowRestart, rowRestartTiB}, "\n"))
+	_, err := fmt.Fprintln(w, strings.Join([]string{rowTailWrite, rowTailRead, rowSustained, rowNeighbour, rowIdle, rowRestart, rowRestartTiB}, "\n"))
 	return err
 }
 

@@ -45,6 +45,10 @@ type Spec struct {
 	CPUs []int  `json:"cpus"` // worker i is pinned to CPUs[i % len]; none: not pinned
 	Seed uint64 `json:"seed"`
 
+	// Background: the workers run when nothing else wants their CPU (SCHED_IDLE),
+	// so that another load measured there does not wait for this client.
+	Background bool `json:"background"`
+
 	// ServerPID, if set, is the process whose CPU time and memory are measured.
 	ServerPID int `json:"-"`
 }

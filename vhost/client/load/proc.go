@@ -71,6 +71,13 @@ func statusKB(status []byte, key string) int64 {
 // to one CPU.
 func PinThread(cpu int) error { return pin(0, cpu) }
 
+// runInBackground gives the calling OS thread, which the goroutine must have
+// locked for good, the lowest priority there is.
+func runInBackground() error {
+	const schedIdle = 5
+	return unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: schedIdle}, 0)
+}
+
 // PinProcess binds every present thread of process pid to one CPU; threads that
 // these start inherit it. It goes over the threads until it finds no new one.
 func PinProcess(pid, cpu int) error {

@@ -102,6 +102,12 @@ func (w *worker) run() {
 			w.r.canceled.Store(true)
 		}
 	}
+	if w.r.spec.Background && w.err == nil {
+		if w.err = runInBackground(); w.err != nil {
+			w.err = fmt.Errorf("background load: %w", w.err)
+			w.r.canceled.Store(true)
+		}
+	}
 	w.r.ready <- struct{}{}
 	<-w.r.open
 	if w.r.spec.Poll {
