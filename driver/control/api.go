@@ -30,6 +30,10 @@
 //	DELETE /v1/volumes/POOL/VOLUME/incomplete (204); a receive is not to be resumed
 //	POST   /v1/volumes/POOL/VOLUME/receive[?resumable=true]  stream → Received
 //	POST   /v1/clones                         CloneVolume → Volume (201)
+//	GET    /v1/schedules                      []Schedule
+//	GET    /v1/schedules/POOL[/VOLUME]        Schedule, of a pool or a volume's own
+//	POST   /v1/schedules/POOL[/VOLUME]        SetSchedule → Schedule
+//	DELETE /v1/schedules/POOL[/VOLUME]        (204)
 //	GET    /v1/jobs                           []Job
 //	GET    /v1/jobs/ID[?wait=SECONDS]         Job; waits for a change or the end
 //	DELETE /v1/jobs/ID                        Job; asks it to stop

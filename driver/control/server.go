@@ -43,6 +43,7 @@ type Backend interface {
 
 	SettingsBackend
 	SnapshotBackend
+	ScheduleBackend
 }
 
 // Server answers the control API. Its goroutines: one per connection
@@ -110,6 +111,13 @@ func (s *Server) routes(metrics http.Handler) http.Handler {
 		"GET /v1/pools/{pool}/limits":           s.poolLimits,
 		"POST /v1/pools/{pool}/limits":          s.limitPool,
 		"POST /v1/volumes/{pool}/{name}/set":    s.setVolume,
+		"GET /v1/schedules":                     s.listSchedules,
+		"GET /v1/schedules/{pool}":              s.showSchedule,
+		"POST /v1/schedules/{pool}":             s.setSchedule,
+		"DELETE /v1/schedules/{pool}":           s.deleteSchedule,
+		"GET /v1/schedules/{pool}/{name}":       s.showSchedule,
+		"POST /v1/schedules/{pool}/{name}":      s.setSchedule,
+		"DELETE /v1/schedules/{pool}/{name}":    s.deleteSchedule,
 	}
 	maps.Copy(routes, s.snapshotRoutes())
 	for pattern, h := range routes {

@@ -43,7 +43,7 @@ func TestP3AwaitedVolumesOpenBeforeTheyAreServed(t *testing.T) {
 	b.engine.mu.Unlock()
 
 	h := NewVolumeSet(b.reg, b.engine, noStore{}, "node-1", b.socketPath, zerolog.Nop())
-	api := &backend{VolumeSet: h, config: DefaultConfig()}
+	api := &backend{VolumeSet: h, config: DefaultConfig(), schedules: newScheduler(h, b.snaps, zerolog.Nop())}
 	awaited := []string{"default/broken", "default/gone", "default/slow"}
 	h.await(awaited)
 	front := &fakeFront{served: map[string]bool{}}

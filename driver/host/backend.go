@@ -20,6 +20,8 @@ type backend struct {
 	*VolumeSet
 	status func(ctx context.Context) control.Status // what only the daemon knows
 	config Config
+
+	schedules *scheduler
 }
 
 var _ control.Backend = (*backend)(nil)
@@ -122,7 +124,15 @@ func (b *backend) DeletePool(ctx context.Context, name string) error {
 	if name == registry.DefaultPool {
 		return control.Errorf(control.CodeInvalid, "pool %s is where volumes named without a pool go: it can't be deleted", name)
 	}
-	return registry.Remove(ctx, b.reg, registry.PoolKey(name), e.Revision)
+	if err := registry.Remove(ctx, b.reg, registry.PoolKey(name), e.Revision); err != nil {
+		return err
+	}
+	// A pool that gets this name later does not begin with this one's schedule.
+	err = b.deleteSchedule(ctx, name, registry.PoolScheduleKey(name))
+	if control.CodeOf(err) == control.CodeNotFound {
+		return nil
+	}
+	return err
 }
 
 func (b *backend) Volumes(ctx context.Context, pool string) ([]control.Volume, error) {
@@ -184,6 +194,7 @@ func (b *backend) answer(r *registry.Volume) control.Volume {
 		v.Space = &space
 	}
 	v.Conditions = append(v.Conditions, b.troubles(name)...)
+	v.Conditions = append(v.Conditions, b.schedules.conditions(r.ID)...)
 	b.mu.Lock()
 	fronts := b.fronts
 	b.mu.Unlock()

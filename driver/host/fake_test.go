@@ -15,6 +15,7 @@ import (
 	"scoria/driver"
 	"scoria/driver/block"
 	"scoria/driver/registry"
+	"scoria/driver/schedule"
 )
 
 const patience = 20 * time.Second
@@ -254,6 +255,7 @@ type bench struct {
 	front  *fakeFront
 	reg    *registry.Embedded
 	api    *backend
+	snaps  *fakeSnapshots
 }
 
 func newBench(t *testing.T) *bench {
@@ -278,7 +280,8 @@ func attach(t *testing.T, reg *registry.Embedded, engine *fakeEngine, node strin
 		VolumeSet: NewVolumeSet(reg, engine, noStore{}, node, config.vhostSocket, zerolog.Nop()),
 		engine:    engine, front: &fakeFront{served: map[string]bool{}}, reg: reg,
 	}
-	b.api = &backend{VolumeSet: b.VolumeSet, config: config}
+	b.snaps = &fakeSnapshots{of: map[string][]schedule.Snapshot{}, fail: map[string]error{}}
+	b.api = &backend{VolumeSet: b.VolumeSet, config: config, schedules: newScheduler(b.VolumeSet, b.snaps, zerolog.Nop())}
 	if err := b.Finish(t.Context()); err != nil {
 		t.Fatal(err)
 	}

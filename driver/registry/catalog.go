@@ -21,11 +21,14 @@ import (
 //	volume/POOL/VOLUME   Volume
 //	node/ID              Node
 //	snapshot/UUID/NAME   Snapshot; UUID is the volume's, so that a new name of it changes nothing
+//	schedule/pool/POOL   Schedule of the volumes of a pool
+//	schedule/volume/UUID Schedule of one volume, instead of its pool's
+//	schedule-run/UUID    ScheduleRun of a volume
 //
 // Records are JSON with a version, so that a dump is readable and etcd's tools
 // work on it. A record of a later version is refused, not guessed at. Version 2
-// added snapshots, to volumes what begins with Template, and limits; version 1 is
-// read as having none of it.
+// added snapshots, schedules, to volumes what begins with Template, and limits;
+// version 1 is read as having none of it.
 
 // RecordVersion is the version of all records that this program writes.
 const RecordVersion = 2
@@ -144,6 +147,37 @@ type Snapshot struct {
 	Temporary  bool              `json:"temporary,omitempty"` // made for one operation; deleted at the next start
 }
 
+// Schedule says when snapshots are made and which are kept (package schedule).
+// Without rules none are made: a volume's says so against its pool's.
+type Schedule struct {
+	Version int       `json:"version"`
+	Pool    string    `json:"pool,omitempty"`  // of a pool's
+	Volume  uuid.UUID `json:"volume,omitzero"` // of a volume's
+	Rules   []string  `json:"rules"`
+	Zone    string    `json:"zone,omitempty"` // time zone; empty: the host's
+	Since   time.Time `json:"since"`          // it was set; earlier slots don't count
+}
+
+// ScheduleRun is how far the slots of a volume's schedule have been dealt with.
+type ScheduleRun struct {
+	Version  int           `json:"version"`
+	Volume   uuid.UUID     `json:"volume"`
+	Since    time.Time     `json:"since"`              // of the schedule that Done is about
+	Done     time.Time     `json:"done"`               // slots up to then are dealt with
+	Made     string        `json:"made,omitempty"`     // name of the last snapshot made
+	MadeAt   time.Time     `json:"made_at,omitzero"`   //
+	Missed   []MissedSlots `json:"missed,omitempty"`   // the last time that any were
+	MissedAt time.Time     `json:"missed_at,omitzero"` // and when that was found
+}
+
+// MissedSlots are snapshots that a rule wanted and that were not made.
+type MissedSlots struct {
+	Rule  string    `json:"rule"`
+	Count int       `json:"count"`
+	First time.Time `json:"first"`
+	Last  time.Time `json:"last"`
+}
+
 // Errors of the catalog.
 var (
 	ErrNotFound = errors.New("not found")
@@ -156,6 +190,8 @@ const (
 	VolumePrefix   = "volume/"
 	NodePrefix     = "node/"
 	SnapshotPrefix = "snapshot/"
+	SchedulePrefix = "schedule/"
+	RunPrefix      = "schedule-run/"
 )
 
 // PoolKey returns the key of a pool's record.
@@ -172,6 +208,15 @@ func SnapshotsOf(volume uuid.UUID) string { return SnapshotPrefix + volume.Strin
 
 // SnapshotKey returns the key of a snapshot's record.
 func SnapshotKey(volume uuid.UUID, name string) string { return SnapshotsOf(volume) + name }
+
+// PoolScheduleKey returns the key of the schedule of a pool's volumes.
+func PoolScheduleKey(pool string) string { return SchedulePrefix + "pool/" + pool }
+
+// VolumeScheduleKey returns the key of a volume's own schedule.
+func VolumeScheduleKey(volume uuid.UUID) string { return SchedulePrefix + "volume/" + volume.String() }
+
+// RunKey returns the key of how far a volume's schedule has come.
+func RunKey(volume uuid.UUID) string { return RunPrefix + volume.String() }
 
 var nameRE = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
@@ -227,7 +272,7 @@ func SplitSnapshot(full string) (pool, volume, snapshot string, err error) {
 
 // Record is what lies under the prefixes.
 type Record interface {
-	Pool | Volume | Node | Snapshot
+	Pool | Volume | Node | Snapshot | Schedule | ScheduleRun
 }
 
 // Entry is a record with its revision, for compares.
@@ -322,6 +367,10 @@ func encode[R Record](r R) ([]byte, error) {
 	case *Node:
 		v.Version = RecordVersion
 	case *Snapshot:
+		v.Version = RecordVersion
+	case *Schedule:
+		v.Version = RecordVersion
+	case *ScheduleRun:
 		v.Version = RecordVersion
 	}
 	return json.Marshal(r)

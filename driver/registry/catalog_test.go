@@ -141,6 +141,12 @@ func samples() map[string]any {
 			ID: snapshot, Volume: sampleVolume().ID, Name: "s", Created: created, Metadata: map[string]string{"by": "me"},
 			Size: 1 << 30, SCO: 7, Sequence: 9, LastObject: 11, State: registry.StateReady, Temporary: true,
 		},
+		registry.PoolScheduleKey("fast"):     registry.Schedule{Pool: "fast", Rules: []string{"daily at 02:30 keep 7"}, Zone: "Europe/Brussels", Since: created},
+		registry.VolumeScheduleKey(clone.ID): registry.Schedule{Volume: clone.ID, Rules: []string{}, Since: created},
+		registry.RunKey(clone.ID): registry.ScheduleRun{
+			Volume: clone.ID, Since: created, Done: created, Made: "auto-20260102-030405", MadeAt: created, MissedAt: created,
+			Missed: []registry.MissedSlots{{Rule: "daily at 02:30 keep 7", Count: 3, First: created, Last: created}},
+		},
 	}
 }
 
@@ -157,6 +163,10 @@ func TestGoldenRecords(t *testing.T) {
 		case registry.Node:
 			_, err = registry.Create(t.Context(), s, key, r)
 		case registry.Snapshot:
+			_, err = registry.Create(t.Context(), s, key, r)
+		case registry.Schedule:
+			_, err = registry.Create(t.Context(), s, key, r)
+		case registry.ScheduleRun:
 			_, err = registry.Create(t.Context(), s, key, r)
 		}
 		if err != nil {
@@ -212,6 +222,12 @@ func TestRecordsOfEveryVersionOpen(t *testing.T) {
 				w.Version = version
 				same(t, s, key, w)
 			case registry.Snapshot:
+				w.Version = version
+				same(t, s, key, w)
+			case registry.Schedule:
+				w.Version = version
+				same(t, s, key, w)
+			case registry.ScheduleRun:
 				w.Version = version
 				same(t, s, key, w)
 			default:
