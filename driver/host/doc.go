@@ -47,5 +47,6 @@
 // # Goroutines
 //
 // Of Host: one per listener (control, metrics, nbd), one that records
-// attachments once a second, one per volume being opened.
+// attachments once a second, one that carries out snapshot schedules
+// (scheduler.go), one per volume being opened.
 package host

@@ -289,11 +289,31 @@ func (h *Host) serve(ctx context.Context) error {
 		}
 		shmServer = sf.server
 	}
-	metrics := metricsHandler(newCollector(h.volumes, h.version, h.id.ID), newLimitCollector(h.volumes), newFrontCollector(workers, vf, nbdServer, shmServer))
+	schedules := newScheduler(h.volumes, h.volumes, h.log)
+	metrics := metricsHandler(newCollector(h.volumes, h.version, h.id.ID), newLimitCollector(h.volumes), schedules.events, newFrontCollector(workers, vf, nbdServer, shmServer))
 	if err := h.serveMetrics(metrics); err != nil {
 		return err
 	}
-	return h.serveControl(socks, metrics)
+	if err := h.serveControl(socks, metrics, schedules); err != nil {
+		return err
+	}
+	h.startSchedules(ctx, schedules)
+	return nil
+}
+
+// startSchedules has snapshots made and deleted by the clock.
+func (h *Host) startSchedules(ctx context.Context, s *scheduler) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	done := make(chan struct{})
+	h.undoLater(func() error {
+		cancel()
+		<-done
+		return nil
+	})
+	go func() {
+		defer close(done)
+		s.run(ctx)
+	}()
 }
 
 func (h *Host) socketsOfVolumes(ctx context.Context) (map[string]bool, error) {
@@ -341,13 +361,13 @@ func (h *Host) serveMetrics(metrics http.Handler) error {
 	return nil
 }
 
-func (h *Host) serveControl(socks *sockets, metrics http.Handler) error {
+func (h *Host) serveControl(socks *sockets, metrics http.Handler, schedules *scheduler) error {
 	l, err := socks.listen(h.config.controlSocket())
 	if err != nil {
 		return err
 	}
 	log := h.log.With().Str("component", "control").Logger()
-	h.control = control.NewServer(&backend{VolumeSet: h.volumes, status: h.status, config: h.config}, metrics, log)
+	h.control = control.NewServer(&backend{VolumeSet: h.volumes, status: h.status, config: h.config, schedules: schedules}, metrics, log)
 	h.undoLater(func() error {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()

@@ -12,6 +12,7 @@ import (
 
 	"github.com/rs/zerolog"
 
+	"scoria/driver/block"
 	"scoria/driver/control"
 	"scoria/driver/registry"
 	"scoria/driver/schedule"
@@ -213,7 +214,7 @@ func TestScheduleLeavesNothing(t *testing.T) {
 	b.setSchedule(t, "p/v", "hourly keep 1")
 	b.setSchedule(t, "p", "hourly keep 1")
 	b.lookAt(t, c, 10, 0)
-	if err := b.api.DeleteVolume(ctx, "p/v", nil); err != nil {
+	if err := b.api.DeleteVolume(ctx, "p/v", false, nil); err != nil {
 		t.Fatal(err)
 	}
 	b.lookAt(t, c, 11, 0)
@@ -278,4 +279,71 @@ func TestSchedulerRuns(t *testing.T) {
 	})
 	cancel()
 	<-ended
+}
+
+// TestScheduleOnARealVolume: what schedules make are snapshots like any other, of
+// the state at that moment, and those that clones read stay.
+func TestScheduleOnARealVolume(t *testing.T) {
+	h, c := startHost(t, testConfig(t))
+	defer stopHost(t, h)
+	ctx := testContext(t)
+	if _, err := c.CreateVolume(ctx, control.CreateVolume{Name: "default/v", Size: 64 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.SetSchedule(ctx, "default/v", control.SetSchedule{Rules: []string{"every 366d keep 2"}, Zone: "UTC"}); err != nil {
+		t.Fatal(err)
+	}
+	// The daemon's own scheduler, by the real clock, has nothing to do for long.
+	s := newScheduler(h.volumes, h.volumes, zerolog.Nop())
+	rule, err := schedule.ParseRule("every 366d keep 2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	base := rule.Last(time.Now(), time.UTC)
+	at := func(slot int) string {
+		t.Helper()
+		now := base.Add(time.Duration(slot) * 366 * 24 * time.Hour)
+		s.now = func() time.Time { return now }
+		if _, err := s.look(ctx); err != nil {
+			t.Fatal(err)
+		}
+		return now.Format("auto-20060102-150405")
+	}
+	var names []string
+	for i := range 4 {
+		write(t, h, "default/v", byte(i+1))
+		names = append(names, at(i+1))
+		if i == 0 {
+			if _, err := c.CloneVolume(ctx, control.CloneVolume{From: "default/v@" + names[0], Name: "default/clone"}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	list, err := c.Snapshots(ctx, "default/v")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, snap := range list {
+		got = append(got, snap.Name)
+	}
+	if want := []string{names[0], names[2], names[3]}; !slices.Equal(got, want) {
+		t.Fatalf("snapshots %v; want %v: the first is cloned, the last two are kept", got, want)
+	}
+	dev, err := snapshotOpener{h.volumes}.Open(ctx, "default/v@"+names[2])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, ok := dev.(interface{ Release() }); ok {
+		defer r.Release()
+	}
+	p, ended := make([]byte, 4096), make(chan struct{})
+	r := &block.Request{Op: block.OpRead, Length: 4096, Segments: [][]byte{p}, Complete: func(*block.Request) { close(ended) }}
+	dev.Submit([]*block.Request{r})
+	if !r.Ended {
+		<-ended
+	}
+	if r.Err != nil || p[0] != 3 {
+		t.Fatalf("the third snapshot reads %d, %v; want 3", p[0], r.Err)
+	}
 }

@@ -8,10 +8,51 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
+
 	"scoria/driver/control"
 	"scoria/driver/registry"
 	"scoria/driver/schedule"
 )
+
+var _ snapshotter = (*VolumeSet)(nil)
+
+func (h *VolumeSet) scheduleSnapshots(ctx context.Context, volume string) ([]schedule.Snapshot, error) {
+	e, err := h.load(ctx, volume)
+	if err != nil {
+		return nil, err
+	}
+	entries, err := registry.Snapshots(ctx, h.reg, e.Record.ID)
+	if err != nil {
+		return nil, err
+	}
+	volumes, err := registry.LoadAll[registry.Volume](ctx, h.reg, registry.VolumePrefix)
+	if err != nil {
+		return nil, err
+	}
+	var list []schedule.Snapshot
+	for i := range entries {
+		r := &entries[i].Record
+		if r.State != registry.StateReady || r.Temporary {
+			continue
+		}
+		s := schedule.Snapshot{Name: r.Name, Metadata: r.Metadata}
+		if _, made := s.Made(); made {
+			s.Clones = len(registry.ClonesAmong(volumes, r.Volume, r.ID))
+		}
+		list = append(list, s)
+	}
+	return list, nil
+}
+
+func (h *VolumeSet) createScheduled(ctx context.Context, volume, name string, metadata map[string]string) error {
+	_, _, err := h.createSnapshot(ctx, volume, uuid.New(), control.CreateSnapshot{Name: name, Metadata: metadata})
+	return err
+}
+
+func (h *VolumeSet) deleteScheduled(ctx context.Context, volume, name string) error {
+	return h.deleteSnapshot(ctx, volume, name)
+}
 
 // scheduleTarget finds what a schedule is or may be for: a pool, or a volume.
 func (b *backend) scheduleTarget(ctx context.Context, target string) (key string, r registry.Schedule, err error) {

@@ -13,8 +13,8 @@ import (
 
 const (
 	quietRate  = 100 // requests per second of the volume that is looked at
-	quietBytes = 64 << 20
-	busyBytes  = 512 << 20
+	quietBytes = 4 << 20
+	busyBytes  = 256 << 20
 )
 
 // A neighbour is what the other volume does meanwhile.
@@ -37,7 +37,7 @@ func neighbours() []neighbour {
 // full load. The busy client has the same CPU as the quiet one and yields it at
 // once, so that what is measured is the daemon.
 func (b *bench) measureNeighbour(ctx context.Context) error {
-	d, err := b.newScoriad(rowNeighbour, b.cfg.poll, 256<<20)
+	d, err := b.newScoriad(rowNeighbour, b.cfg.poll, 1<<30)
 	if err != nil {
 		return err
 	}
