@@ -241,12 +241,13 @@ func (c *checkpoints) take(ctx context.Context, snap *Snapshot, force bool) erro
 		pinFrom = c.newestSnapshot().SCO
 		snap.SCO, snap.Size, snap.Sequence = pos.sco, v.cfg.Size, c.sequence+1
 	}
-	table, dead := v.tableNow(pinFrom)
+	live := v.live.copy()
 	inherited := v.inherited()
 	clusters := v.m.Clusters()
 	since := v.logSince.Load()
 	v.gate.Unlock()
 
+	table, dead := v.table(pos.sco, pinFrom, live)
 	n := &newRoot{
 		pos: pos, clusters: clusters, mapped: ck.Mapped(), directory: ck.Directory, snapshot: snap,
 		blob: rootBlob{scos: table, dropped: c.dropped, snapshot: snap},

@@ -214,7 +214,7 @@ func tableVolume() *Volume {
 func testBlob() *rootBlob {
 	v := tableVolume()
 	v.pins = map[uint64]uint32{3: 250}
-	table, _ := v.tableNow(noPins)
+	table, _ := v.table(noPins, noPins, v.live.copy())
 	return &rootBlob{
 		scos: table,
 		ancestry: []Ancestor{

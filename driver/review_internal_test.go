@@ -54,7 +54,7 @@ func (v *Volume) DeadBytes() (n uint64) {
 // if there is none.
 func (v *Volume) DuplicateInTable() uint64 {
 	v.gate.Lock()
-	entries, _ := v.tableNow(noPins)
+	entries, _ := v.table(v.cur.hdr.Number, noPins, v.live.copy())
 	v.gate.Unlock()
 	seen := map[uint64]bool{}
 	for _, e := range entries {

@@ -79,7 +79,7 @@ func (c *checkpoints) rollback(ctx context.Context, id uuid.UUID, force bool) er
 	if err := c.syncLog(true); err != nil {
 		return err
 	}
-	table, dead := v.tableAt(&s, blob)
+	table, dead := v.tableAt(pos.sco, &s, blob)
 	objects := make([]uint32, 0, len(c.pinned))
 	for _, o := range sortedObjects(c.pinned) {
 		if o <= s.LastObject {
@@ -141,9 +141,9 @@ func (v *Volume) closeLog(clusters uint64) (position, error) {
 
 // tableAt is the SCO table with the live counts of a snapshot and without the pins
 // of later ones.
-func (v *Volume) tableAt(s *Snapshot, blob *rootBlob) (table []tableEntry, dead []uint64) {
+func (v *Volume) tableAt(upTo uint64, s *Snapshot, blob *rootBlob) (table []tableEntry, dead []uint64) {
 	live := liveCounts(blob.scos)
-	table, _ = v.tableNow(noPins)
+	table, _ = v.table(upTo, noPins, nil)
 	for i := range table {
 		e := &table[i]
 		e.live = live[e.number] // none if it is younger

@@ -238,15 +238,16 @@ func (b *rootBlob) decodeRest(r *blobReader) error {
 // noPins is beyond the last SCO: a table with no new pins.
 const noPins = math.MaxUint64
 
-// tableNow describes all SCOs and lists those that nothing refers to. SCOs behind
-// pinFrom are entered as pinned as far as they are live now: a snapshot is being
-// made. Caller holds the gate exclusively, so the counts are those of the map.
-func (v *Volume) tableNow(pinFrom uint64) (table []tableEntry, dead []uint64) {
+// table describes all SCOs up to a position, with the live counts of a moment when
+// the log ended there, and lists those that nothing refers to. SCOs behind pinFrom
+// are entered as pinned as far as they were live: a snapshot is being made. What was
+// sealed since that moment may be entered as sealed, what was deleted may be left out.
+func (v *Volume) table(upTo, pinFrom uint64, live liveCounters) (table []tableEntry, dead []uint64) {
 	v.metaMu.Lock()
 	defer v.metaMu.Unlock()
 	table = make([]tableEntry, 0, len(v.scos)+len(v.unsealed))
 	add := func(m scoMeta, sealed bool) tableEntry {
-		e := tableEntry{scoMeta: m, live: uint32(v.live.at(m.number).Load()), sealed: sealed, pinned: v.pins[m.number]}
+		e := tableEntry{scoMeta: m, live: live.at(m.number), sealed: sealed, pinned: v.pins[m.number]}
 		if m.number > pinFrom {
 			e.pinned = e.live
 		}
@@ -254,7 +255,7 @@ func (v *Volume) tableNow(pinFrom uint64) (table []tableEntry, dead []uint64) {
 		return e
 	}
 	for _, m := range v.scos {
-		if m.dropping {
+		if m.dropping || m.number > upTo {
 			continue
 		}
 		if e := add(*m, true); e.live == 0 && e.pinned == 0 {
@@ -262,7 +263,7 @@ func (v *Volume) tableNow(pinFrom uint64) (table []tableEntry, dead []uint64) {
 		}
 	}
 	for _, l := range v.unsealed {
-		if r, c := unpack(l.head.Load()); r > 0 {
+		if r, c := unpack(l.head.Load()); r > 0 && l.hdr.Number <= upTo {
 			add(scoMeta{number: l.hdr.Number, clusters: c, records: r}, false)
 		}
 	}

@@ -335,6 +335,36 @@ func (t *liveTable) lost(last uint64) (n int64) {
 	return n
 }
 
+// liveCounters is a copy of a liveTable.
+type liveCounters []*[livePageLen]int32
+
+// copy is the counters as they are now: exact if the gate is closed.
+func (t *liveTable) copy() liveCounters {
+	pages := *t.pages.Load()
+	out := make(liveCounters, len(pages))
+	for i, p := range pages {
+		switch {
+		case p == nil:
+		case i > 0 && p == pages[i-1]:
+			out[i] = out[i-1]
+		default:
+			out[i] = new([livePageLen]int32)
+			for k := range p {
+				out[i][k] = p[k].Load()
+			}
+		}
+	}
+	return out
+}
+
+// at returns the count of SCO n.
+func (c liveCounters) at(n uint64) uint32 {
+	if i := n / livePageLen; i < uint64(len(c)) && c[i] != nil {
+		return uint32(max(0, c[i][n%livePageLen]))
+	}
+	return 0
+}
+
 // at returns the counter of SCO n, which must have been ensured.
 func (t *liveTable) at(n uint64) *atomic.Int32 {
 	return &(*t.pages.Load())[n/livePageLen][n%livePageLen]
