@@ -312,25 +312,34 @@ func (s *server) measure(ctx context.Context, spec load.Spec) (res sample, err e
 	return res, err
 }
 
-// tails measures at half the rate that this round has shown.
+// tails measures each server at half the rate that it has shown in this round, and
+// an ideal server at Scoria's.
 func (b *bench) tails(ctx context.Context, round int, servers []*server) error {
 	for _, t := range []struct {
 		row, of string
 		percent int
 	}{{rowTailWrite, "A-write-d32", 0}, {rowTailRead, "A-read-d32", 100}} {
-		full := b.results[t.of][scoriaName]
-		if !b.wants(t.row) || len(full) <= round || full[round] == nil {
+		if !b.wants(t.row) {
 			continue
 		}
-		w := workload{name: t.row, placement: placementA}
-		w.spec = load.Spec{Random: true, Depth: 32, ReadPercent: t.percent, Rate: full[round].IOPS / 2}
 		for _, s := range servers {
-			if s.name != scoriaName {
+			full := b.results[t.of][s.name]
+			if len(full) <= round || full[round] == nil {
 				continue
 			}
+			w := workload{name: t.row, placement: placementA}
+			w.spec = load.Spec{Random: true, Depth: idealDepth, ReadPercent: t.percent, Rate: full[round].IOPS / 2}
 			if err := b.one(ctx, w, round, s); err != nil {
 				return err
 			}
+			if s.name != scoriaName {
+				continue
+			}
+			res, err := b.measureIdeal(ctx, w.spec.Rate, time.Duration(1e9/full[round].IOPS))
+			if err != nil {
+				return fmt.Errorf("%s on an ideal server: %w", t.row, err)
+			}
+			b.results.put(t.row, idealName, round, res)
 		}
 	}
 	return nil

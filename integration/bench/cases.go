@@ -75,6 +75,7 @@ type target struct {
 func iops(r *sample) float64 { return r.IOPS }
 func mbps(r *sample) float64 { return r.MBps }
 func p50(r *sample) float64  { return float64(r.P50) / 1e3 }
+func p999(r *sample) float64 { return float64(r.P999) / 1e3 }
 func cpu(r *sample) float64  { return r.ServerCPUPerMOps }
 func all(r *sample) float64  { return r.cpuAll }
 func tail(r *sample) float64 {
@@ -108,6 +109,8 @@ func targets() []target {
 		{title: "write + flush, 8 at once, against the same", workload: "A-flush-d8", unit: "IOPS", value: iops, against: diskName, limit: 1},
 		{title: "sustained random write, against the disk", workload: rowSustained, unit: "MB/s", value: mbps, against: diskName, limit: 0.7, goal: 0.9},
 		{title: "write, half load: p99.9 / p50", workload: rowTailWrite, unit: "×", value: tail, limit: 10, atMost: true},
+		{title: "the same p99.9, against an ideal server's", workload: rowTailWrite, unit: "µs", value: p999, against: idealName, atMost: true},
 		{title: "read, half load: p99.9 / p50", workload: rowTailRead, unit: "×", value: tail, limit: 10, atMost: true},
+		{title: "the same p99.9, against an ideal server's", workload: rowTailRead, unit: "µs", value: p999, against: idealName, atMost: true},
 	}
 }

@@ -113,7 +113,7 @@ func (b *bench) document() document {
 		}
 	}
 	for _, name := range b.rowOrder() {
-		for _, server := range []string{scoriaName, peerName, diskName, inPlaceName} {
+		for _, server := range []string{scoriaName, peerName, idealName, diskName, inPlaceName} {
 			if rounds := b.results[name][server]; len(rounds) > 0 {
 				doc.Workloads = append(doc.Workloads, lineOf(name, server, rounds))
 			}
@@ -170,7 +170,7 @@ func lineOf(name, server string, rounds []*sample) workloadLine {
 	return workloadLine{
 		Row: name, Server: server, IOPS: of(iops), MBps: of(mbps), P50: of(p50), CPU: of(cpu), CPUAll: of(all),
 		P99:  of(func(r *sample) float64 { return float64(r.P99) / 1e3 }),
-		P999: of(func(r *sample) float64 { return float64(r.P999) / 1e3 }),
+		P999: of(p999),
 		RSS:  of(func(r *sample) float64 { return float64(r.ServerRSS) / (1 << 20) }),
 	}
 }
