@@ -319,6 +319,7 @@ func (v *Volume) trySync(target *logSCO, records uint32) error {
 		if upTo == 0 {
 			continue
 		}
+		l.flushed = true
 		if l.spilledR < upTo {
 			if err := v.spill(l, upTo, -1); err != nil {
 				return err

@@ -43,6 +43,7 @@ type logSCO struct {
 	spilledR uint32 // records written to file
 	blocksC  uint32 // clusters whose blocks in the file have been written once
 	unsynced bool   // written since the last sync
+	flushed  bool   // a flush was for it: more may come
 	lost     bool   // a write or sync of file failed for good
 
 	closed atomic.Bool // no more reservations; set with the gate closed

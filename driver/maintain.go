@@ -17,10 +17,13 @@ const (
 )
 
 // idleSpill is how long a volume rests before its head is written out, idleSeal
-// before the SCO is closed so that its chunks serve others.
+// before the SCO is closed so that its chunks serve others. A head of fewer than
+// idleSpillMin records waits for that: writing out is what makes a later flush
+// short, and such a flush is short anyway.
 const (
-	idleSpill = 3 * time.Second
-	idleSeal  = 60 * time.Second
+	idleSpill    = 3 * time.Second
+	idleSeal     = 60 * time.Second
+	idleSpillMin = 256
 )
 
 // exemptShare is the part of its fair share of the pool below which a volume is
@@ -86,7 +89,7 @@ func (v *Volume) resting() bool {
 	return *rest == logEnd{v.cur.hdr.Number, v.cur.head.Load()}
 }
 
-// unspilled reports whether the head has something that is not in a file.
+// unspilled reports whether enough is not in a file yet to be written out.
 func (v *Volume) unspilled() bool {
 	if !v.ioMu.TryLock() {
 		return false // it is being written
@@ -95,7 +98,8 @@ func (v *Volume) unspilled() bool {
 	v.metaMu.Lock()
 	defer v.metaMu.Unlock()
 	for _, l := range v.unsealed {
-		if r, _ := unpack(l.head.Load()); l.spilledR < r {
+		r, _ := unpack(l.head.Load())
+		if l.closed.Load() && l.spilledR < r || r-l.spilledR >= idleSpillMin {
 			return true
 		}
 	}

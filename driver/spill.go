@@ -133,8 +133,8 @@ func (v *Volume) writeChunks(l *logSCO, clusters uint32) error {
 }
 
 // gather collects what is to be written from spilledC on: clusters up to
-// clusters, as many as maxVec chunks hold, and zeroes behind few. It returns the
-// number of pieces, where the clusters end, and where the zeroes do.
+// clusters, as many as maxVec chunks hold, and zeroes behind few where more
+// flushes are to be expected. It returns the number of pieces, where the clusters end, and where the zeroes do.
 func (v *Volume) gather(l *logSCO, clusters uint32, vec *[maxVec + aheadChunks][]byte) (n int, c, blocks uint32) {
 	for c = l.spilledC; n < maxVec && c < clusters; n++ {
 		slot, off := l.cluster(c)
@@ -143,7 +143,7 @@ func (v *Volume) gather(l *logSCO, clusters uint32, vec *[maxVec + aheadChunks][
 		c += k
 	}
 	blocks = c
-	if c-l.spilledC < chunkClusters && c > l.blocksC {
+	if l.flushed && c-l.spilledC < chunkClusters && c > l.blocksC {
 		for ; n < len(vec) && blocks < l.hdr.ClustersCap; n++ {
 			k := min(chunkClusters, l.hdr.ClustersCap-blocks)
 			vec[n] = zeroes[:k*block.ClusterSize]
