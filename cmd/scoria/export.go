@@ -133,9 +133,11 @@ func (a *app) export(ctx context.Context, source, file string, f exportFlags) (e
 // this process die, the daemon drops it at its next start.
 func (a *app) temporarySnapshot(ctx context.Context, c *control.Client, volume string) (s control.Snapshot, drop func() error, err error) {
 	name := fmt.Sprintf("export-%d-%d", os.Getpid(), time.Now().UnixMilli())
-	s, err = c.CreateSnapshot(ctx, volume, control.CreateSnapshot{Name: name, Temporary: true})
+	soon, cancel := brief(ctx) // what an interrupt hides could not be dropped
+	defer cancel()
+	s, err = c.CreateSnapshot(soon, volume, control.CreateSnapshot{Name: name, Temporary: true})
 	return s, func() error {
-		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		late, cancel := brief(ctx)
 		defer cancel()
 		return dropSnapshot(late, c, volume, name)
 	}, err

@@ -80,7 +80,11 @@ func (a *app) importImage(ctx context.Context, from, to string, f importFlags) e
 	c := a.client()
 	f.req.Name, f.req.SCOSize, f.req.Import = name, int64(f.sco), true
 	f.req.Size = (info.Size + clusterSize - 1) / clusterSize * clusterSize
-	v, err := c.CreateVolume(ctx, f.req)
+	// An interrupt comes before or after: whoever does not hear of what it has made
+	// can't undo it.
+	soon, cancel := brief(ctx)
+	v, err := c.CreateVolume(soon, f.req)
+	cancel()
 	if err != nil {
 		return err
 	}
@@ -100,9 +104,15 @@ func (a *app) importImage(ctx context.Context, from, to string, f importFlags) e
 	return a.print(v, func(w *tabwriter.Writer) { showVolume(w, &v) })
 }
 
+// brief is for what takes a moment and has to end one way or the other, whatever
+// becomes of ctx.
+func brief(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+}
+
 // undoImport deletes what a failed import has made.
 func undoImport(ctx context.Context, c *control.Client, name string) error {
-	late, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	late, cancel := brief(ctx)
 	defer cancel()
 	j, err := c.StartDelete(late, name, true)
 	if err == nil {
