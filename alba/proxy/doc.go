@@ -4,8 +4,8 @@
 //
 // # Order of durability
 //
-// Put commits an intent, sends fragments to all shards at once, each shard's in
-// order and its manifest with the last, and commits the object's manifest when c
+// Put commits an intent, sends fragments to all shards at once, each shard's
+// manifest with its last fragment when the others are durable, and commits the object's manifest when c
 // shards are durable. Every Apply asserts the owner's epoch and raises the device's
 // to the namespace's; the commit asserts that the namespace's record is the one
 // that the epoch was compared with, and that the intent is still there. Shards
@@ -33,7 +33,7 @@
 //
 //	follow        one: the registry's events, to caches and fleet
 //	poll          one: statistics of all devices every two seconds
-//	shardWriter   one per shard of an upload under way
+//	shardWriter   one per shard of an upload under way, and up to two that it sends by
 //	finish        one per upload that completes in the background, at most 8
 //	purge         one per deletion whose fragments are being deleted, at most 8
 //	piece, decode one per fragment read under way; they end with the read

@@ -13,8 +13,12 @@ import (
 )
 
 // windowChunks is how many chunks of an upload are in memory: one is encoded while
-// another is sent.
-const windowChunks = 2
+// others are sent.
+const windowChunks = 3
+
+// appliesAtOnce is how many fragments of a shard are on their way to its device: one
+// is copied and checked while another is synced.
+const appliesAtOnce = 2
 
 // watchEvery is how often an upload that waits looks at its devices' health.
 const watchEvery = 250 * time.Millisecond
@@ -87,8 +91,8 @@ func (c *sharedChunk) release(n int32) {
 	<-c.u.window
 }
 
-// shardWriter sends one shard's fragments to its device, in order, from its own
-// goroutine.
+// shardWriter sends one shard's fragments to its device, the last one with the shard's
+// manifest when all others are durable.
 type shardWriter struct {
 	u      *upload
 	shard  int
@@ -153,20 +157,18 @@ func (s *shardWriter) run() {
 		s.fail(fmt.Errorf("device %s was taken out of the registry: %w", s.u.m.Shards[s.shard], asd.ErrUnavailable))
 	}
 	marked := false
+	var sending sync.WaitGroup
+	slots := make(chan struct{}, appliesAtOnce)
 	for c := range s.queue {
-		if s.err() == nil {
-			if err := s.store(c); err != nil {
-				s.fail(err)
-			} else {
-				s.mu.Lock()
-				s.stored++
-				s.mu.Unlock()
-				marked = c.last
-			}
+		if c.last {
+			sending.Wait() // the manifest says that all are there
+			marked = s.send(c)
+			continue
 		}
-		c.release(1)
-		s.u.broadcast()
+		slots <- struct{}{}
+		sending.Go(func() { s.send(c); <-slots })
 	}
+	sending.Wait()
 	// An object without a byte, or whose end showed only behind the last chunk.
 	if s.err() == nil && !marked && s.ctx.Err() == nil {
 		if err := s.apply(s.mark(nil)); err != nil {
@@ -176,6 +178,24 @@ func (s *shardWriter) run() {
 	if s.ctx.Err() != nil {
 		s.fail(s.ctx.Err())
 	}
+}
+
+// send stores a chunk's fragment, unless the shard has failed, and releases the
+// chunk. It says whether the fragment is durable.
+func (s *shardWriter) send(c *sharedChunk) (ok bool) {
+	if s.err() == nil {
+		if err := s.store(c); err != nil {
+			s.fail(err)
+		} else {
+			ok = true
+			s.mu.Lock()
+			s.stored++
+			s.mu.Unlock()
+		}
+	}
+	c.release(1)
+	s.u.broadcast()
+	return ok
 }
 
 // store makes a fragment durable, with the shard's manifest behind the last.
