@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -209,6 +210,7 @@ type fakeFront struct {
 	mu     sync.Mutex
 	served map[string]bool
 	users  []string
+	asked  atomic.Int64 // calls of Users
 	fail   error
 }
 
@@ -228,6 +230,7 @@ func (f *fakeFront) Remove(name string) {
 }
 
 func (f *fakeFront) Users(string) []string {
+	f.asked.Add(1)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.users

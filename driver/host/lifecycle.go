@@ -178,7 +178,7 @@ func (h *VolumeSet) checkDelete(ctx context.Context, name string, force bool) (r
 }
 
 func (h *VolumeSet) checkIdle(ctx context.Context, name string) (registry.Entry[registry.Volume], error) {
-	const pause, attempts = 20 * time.Millisecond, 25
+	const pause, attempts = 20 * time.Millisecond, 50
 	e, err := h.load(ctx, name)
 	if err != nil {
 		return e, err

@@ -107,6 +107,28 @@ func TestDeleteInUseIsRefused(t *testing.T) {
 	}
 }
 
+// TestDeleteWaitsForAUserOnItsWayOut: that a client has gone its front end learns
+// a moment later.
+func TestDeleteWaitsForAUserOnItsWayOut(t *testing.T) {
+	b := newBench(t)
+	b.mustCreate(t, "vm1")
+	b.front.mu.Lock()
+	b.front.users = []string{"nbd pid 9"}
+	b.front.mu.Unlock()
+	asked := b.front.asked.Load()
+	go func() {
+		for b.front.asked.Load() < asked+3 {
+			time.Sleep(time.Millisecond)
+		}
+		b.front.mu.Lock()
+		b.front.users = nil
+		b.front.mu.Unlock()
+	}()
+	if err := b.api.DeleteVolume(testContext(t), "default/vm1", false, nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestRefusals(t *testing.T) {
 	b := newBench(t)
 	ctx := testContext(t)
