@@ -4,10 +4,13 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"scoria/driver/block"
 	"scoria/driver/control"
 	"scoria/driver/limit"
+	"scoria/vhost/client"
+	"scoria/vhost/client/load"
 )
 
 func ptr[T any](v T) *T { return &v }
@@ -182,4 +185,56 @@ func TestSetVolume(t *testing.T) {
 			t.Errorf("%s serial: %v", what, err)
 		}
 	}
+}
+
+// TestLimitsHoldForAGuest: through a vhost socket no more passes than a limit
+// allows, and a client that goes away does not wait for what is held back.
+func TestLimitsHoldForAGuest(t *testing.T) {
+	h, api := startHost(t, testConfig(t))
+	defer stopHost(t, h)
+	ctx := testContext(t)
+	v, err := api.CreateVolume(ctx, control.CreateVolume{Name: "default/v", Size: 64 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const rate, ops = 40, 61
+	_, err = api.ChangeLimits(ctx, "default/v", control.ChangeLimits{Set: limit.Settings{TotalIOPS: ptr(uint64(rate)), BurstRequests: ptr(uint64(1))}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := client.Connect(v.Socket, client.Options{MemoryBytes: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	began := time.Now()
+	if _, err := load.Run(ctx, c, load.Spec{Random: true, Depth: 8, ReadPercent: 50, MaxOps: ops, Duration: time.Minute}); err != nil {
+		t.Fatal(err)
+	}
+	// The first passes at once, the others 1/rate apart.
+	if took, least := time.Since(began), time.Duration(ops-1)*time.Second/rate; took < least {
+		t.Fatalf("%d requests took %v; at %d per second they take at least %v", ops, took, rate, least)
+	}
+	if st, err := api.Stats(ctx, "default/v"); err != nil || st.Counters["reads_delayed"]+st.Counters["writes_delayed"] < ops/2 {
+		t.Fatalf("%v, %v", st.Counters, err)
+	}
+	// A minute for each request: whoever waits for them would be seen to.
+	if _, err := api.ChangeLimits(ctx, "default/v", control.ChangeLimits{Set: limit.Settings{TotalBPS: ptr(uint64(limit.MinBPS)), BurstBytes: ptr(uint64(1))}}); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the first passes, and takes the bucket's next minute
+		c.Queue(0).Write(0, c.Buffer(0, 256<<10), 1)
+	}
+	c.Queue(0).Kick()
+	await(t, "a request that waits", func() bool {
+		l, err := api.Limits(ctx, "default/v")
+		return err == nil && l.Stats.Waiting > 0
+	})
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the session's end", func() bool {
+		v, err := api.Volume(ctx, "default/v")
+		return err == nil && v.UsedBy == ""
+	})
 }
