@@ -69,6 +69,17 @@ var rules = []rule{
 		reason: "pure: codecs over bytes, which is what lets fuzzing and property tests reach every state",
 	},
 	{
+		in:     []string{"scoria/driver/schedule"},
+		forbid: []string{"scoria/...", "os", "net/...", "os/...", "syscall", "golang.org/x/sys/..."},
+		reason: "pure: decisions from the time, the rules and what there is, which is what lets tests run years of it",
+	},
+	{
+		in:     []string{"scoria/driver/limit"},
+		forbid: []string{"scoria/..."},
+		allow:  []string{"scoria/driver/block"},
+		reason: "limits hold for any block.Device, and the control API's clients, which know their settings, need not link the engine",
+	},
+	{
 		in:     []string{"scoria/..."},
 		except: []string{"scoria/cmd/...", "scoria/integration/..."},
 		forbid: []string{"scoria/cmd/...", "scoria/integration/..."},
