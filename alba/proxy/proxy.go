@@ -46,7 +46,9 @@ type Fault struct {
 type Options struct {
 	Registry alba.Registry
 	Dial     Dial
-	Node     string // names this daemon in the registry
+	// Node names this daemon in the registry. Only one proxy at a time may have it:
+	// at its next start maintenance takes the uploads under that name for dead.
+	Node     string
 	Location Location
 	Preset   string           // of namespaces that are created without one
 	Keys     *alba.MasterKeys // nil: nothing can be encrypted

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -333,60 +332,6 @@ func TestLesserPolicy(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "disk-00") || !strings.Contains(err.Error(), "disk-01 is full") {
 		t.Fatalf("put with two devices left: %v", err)
 	}
-}
-
-// TestP4Fence: a stale owner is refused by the registry and by each device, also
-// when it is paused in the middle of an upload.
-func TestP4Fence(t *testing.T) {
-	c := albatest.NewCluster(4, 4)
-	ps := albatest.Preset(alba.Policy{K: 2, M: 1, C: 3, X: 1})
-	old, next := c.Proxy(t, ps, nil), c.Proxy(t, ps, nil)
-	must(t, old.CreateNamespace(t.Context(), ns))
-	must(t, old.Fence(t.Context(), ns, 1))
-	put(t, old, "o", []byte("x"))
-
-	paused, resume := make(chan struct{}), make(chan struct{})
-	src := &pausing{b: albatest.Pattern(1, 2<<20), at: 1 << 20, paused: paused, resume: resume}
-	result := make(chan error, 1)
-	go func() { result <- old.Put(t.Context(), ns, "paused", 1, src, int64(len(src.b))) }()
-	albatest.Await(t, paused, "the upload's middle")
-	must(t, next.Fence(t.Context(), ns, 2))
-	close(resume)
-	if err := albatest.Await(t, result, "paused put"); !errors.Is(err, proxy.ErrStaleEpoch) {
-		t.Fatalf("put of the stale owner: %v", err)
-	}
-	for _, d := range c.Disks {
-		m := manifest(t, c, "o")
-		epochs, _, err := d.Model.Epochs(t.Context(), "")
-		if err != nil || len(epochs) != 1 || epochs[0].Epoch != 2 || epochs[0].Namespace != m.NamespaceID.String() {
-			t.Errorf("%s has epochs %v: %v", d.ID, epochs, err)
-		}
-	}
-	if err := old.Delete(t.Context(), ns, "o", 1); !errors.Is(err, proxy.ErrStaleEpoch) {
-		t.Fatalf("delete by the stale owner: %v", err)
-	}
-	expect(t, next, "o", []byte("x"))
-	must(t, next.Put(t.Context(), ns, "paused", 2, bytes.NewReader(src.b), int64(len(src.b))))
-	expect(t, old, "paused", src.b)
-	noLeftovers(t, c, next)
-}
-
-type pausing struct {
-	b              []byte
-	at             int64
-	once           sync.Once
-	paused, resume chan struct{}
-}
-
-func (s *pausing) ReadAt(p []byte, off int64) (int, error) {
-	if off >= s.at {
-		s.once.Do(func() { close(s.paused); <-s.resume })
-	}
-	n := copy(p, s.b[off:])
-	if n < len(p) {
-		return n, io.EOF
-	}
-	return n, nil
 }
 
 // noLeftovers waits until nothing is left but what the objects need.
