@@ -20,7 +20,8 @@ type bench struct {
 	dataDir  string // scratch, on the disk
 	shmDir   string // scratch, on tmpfs
 	results  results
-	figures  []figure  // rows that are no ratios of workloads
+	figures  []figure // rows that are no ratios of workloads
+	shmLines []shmLine
 	problems []problem // rows that could not be measured
 	started  time.Time
 	turn     *os.File // locked while this benchmark runs
@@ -141,6 +142,9 @@ func (b *bench) measure(ctx context.Context) {
 	}
 	if !b.cfg.servers[scoriaName] {
 		return
+	}
+	if b.wantsShm() && ctx.Err() == nil {
+		b.fail(shmName, b.measureShm(ctx))
 	}
 	for _, row := range []struct {
 		name string

@@ -70,6 +70,7 @@ type document struct {
 	Ratios    []ratioLine       `json:"ratios"`
 	Workloads []workloadLine    `json:"workloads"`
 	Figures   []figure          `json:"figures"`
+	Shm       []shmLine         `json:"shm"`
 	Problems  []problem         `json:"problems"`
 }
 
@@ -101,12 +102,15 @@ func listRows(w io.Writer) error {
 	for _, l := range workloads() {
 		fmt.Fprintln(w, l.name)
 	}
+	for _, j := range shmJobs() {
+		fmt.Fprintln(w, j.name())
+	}
 	_, err := fmt.Fprintln(w, strings.Join([]string{rowTailWrite, rowTailRead, rowSustained, rowNeighbour, rowIdle, rowRestart, rowRestartTiB}, "\n"))
 	return err
 }
 
 func (b *bench) document() document {
-	doc := document{Machine: machine(), Settings: b.settings(), Figures: b.figures, Problems: b.problems}
+	doc := document{Machine: machine(), Settings: b.settings(), Figures: b.figures, Shm: b.shmLines, Problems: b.problems}
 	for _, t := range targets() {
 		if line, ok := b.ratio(t); ok {
 			doc.Ratios = append(doc.Ratios, line)
@@ -209,6 +213,7 @@ func (d *document) print(w io.Writer) error {
 		}
 		fmt.Fprintf(tab, "%s\t%s %s\t%s\t%s\n", f.Title, number(f.Value), f.Unit, target, reached)
 	}
+	printShm(tab, d.Shm)
 	if len(d.Workloads) > 0 {
 		fmt.Fprintln(tab, "\nworkload\tserver\tIOPS (min..max)\tMB/s\tp50 µs\tp99 µs\tp99.9 µs\tCPU s/M\tuntil quiet\tRSS MiB")
 	}
