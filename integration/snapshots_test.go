@@ -111,6 +111,13 @@ func TestSnapshotsThroughTools(t *testing.T) {
 		if len(list) != 2 || list[0].Name != "one" || list[0].Metadata["reason"] != "test" || list[0].Alone == nil || list[1].Alone == nil || *list[0].Alone != 4<<20 {
 			t.Errorf("snapshots: %+v", list)
 		}
+		var v struct {
+			Space struct{ Live, Snapshots uint64 }
+		}
+		e.must(e.CLIJSON(e.ctx, &v, "volume", "show", "v"))
+		if v.Space.Live != 7<<20+68<<10 || v.Space.Snapshots != 5<<20 {
+			t.Errorf("space: %+v", v.Space)
+		}
 		e.must(e.Daemon.Kill())
 		e.restart()
 	}
@@ -165,7 +172,7 @@ func TestClonesThroughTools(t *testing.T) {
 		Space  struct{ Live, Inherited uint64 }
 	}
 	e.must(e.CLIJSON(e.ctx, &v, "volume", "show", "c1"))
-	if v.Parent != "default/golden@template" || v.Space.Live == 0 {
+	if v.Parent != "default/golden@template" || v.Space.Live == 0 || v.Space.Inherited != v.Space.Live {
 		t.Errorf("%+v", v)
 	}
 	e.cli("volume flatten d")

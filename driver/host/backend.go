@@ -280,7 +280,7 @@ func statsAnswer(name string, st driver.Stats) (control.VolumeStats, error) {
 
 func spaceAnswer(s driver.Space) control.Space {
 	return control.Space{
-		Live: s.Live, Garbage: s.Garbage, Overhead: s.Overhead,
+		Live: s.Live, Snapshots: s.Snapshots, Garbage: s.Garbage, Overhead: s.Overhead, Inherited: s.Inherited,
 		Local: s.Local, Store: s.Store,
 	}
 }

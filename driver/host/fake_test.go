@@ -173,7 +173,7 @@ func (v *fakeVolume) Submit(batch []*block.Request) {
 func (v *fakeVolume) Stats() driver.Stats {
 	st := driver.Stats{SyncCount: 7, Conditions: []driver.Condition{{Code: "throttled", Message: "slow"}}}
 	st.Ops[block.OpWrite] = driver.OpStats{Count: 3, Bytes: 12288}
-	st.Space.Live = 8192
+	st.Space = driver.Space{Live: 8192, Snapshots: 4096, Garbage: 3, Overhead: 4, Inherited: 5, Local: 6, Store: 7}
 	return st
 }
 

@@ -55,7 +55,7 @@ func TestVolumeLife(t *testing.T) {
 	if v, err = b.api.ResizeVolume(ctx, "default/vm1", 2<<30, false); err != nil || v.Size != 2<<30 || dev.Info().Size != 2<<30 {
 		t.Fatalf("resize: %+v, %v; the device has %d", v, err, dev.Info().Size)
 	}
-	if st, err := b.api.Stats(ctx, "default/vm1"); err != nil || st.Counters["sync_count"] != 7 || st.Ops["write"].Bytes != 12288 || st.Space.Live != 8192 || st.Conditions[0].Code != "throttled" {
+	if st, err := b.api.Stats(ctx, "default/vm1"); err != nil || st.Counters["sync_count"] != 7 || st.Ops["write"].Bytes != 12288 || st.Space != (control.Space{Live: 8192, Snapshots: 4096, Garbage: 3, Overhead: 4, Inherited: 5, Local: 6, Store: 7}) || st.Conditions[0].Code != "throttled" {
 		t.Fatalf("stats: %+v, %v", st, err)
 	}
 	if names := b.attached(); !slices.Equal(names, []string{"default/vm1"}) {
