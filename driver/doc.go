@@ -56,6 +56,14 @@
 // although writers run side by side: of two concurrent writes to a cluster the
 // map keeps the larger location, which is the later record.
 //
+// # Shares
+//
+// The pool is shared by all volumes. One that writes faster than the disk is slowed
+// down as the pool fills; a volume that has less than half of its fair share of it
+// is not, and the last sixteenth goes only to volumes that have no more than their
+// share (pool.share). A head that is being written to is not closed to make room
+// for another volume, unless heads are what fills the pool.
+//
 // # Lock order
 //
 //	resizeMu → house → checkMu → checkpoints.mu → ioMu → gate → extendMu → metaMu → pool.mu

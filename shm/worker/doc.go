@@ -33,6 +33,16 @@
 // requests then, and nobody has to wake anybody. Where that does not pay it is
 // rarely done (giveWay).
 //
+// # Fairness
+//
+// Active queues take turns: a queue gives the device so many requests or so many
+// bytes (passLimit, passBytes), whichever comes first. A worker that is never out
+// of work asks for the kicks of the other queues after so much work
+// (busyPollWork), and lets other threads of its CPU run while requests are carried
+// out there. So what a busy queue costs a quiet one does not depend on how deep
+// the busy one is or how large its requests are, up to what a device copies at
+// once.
+//
 // # Faults
 //
 // Workers run with debug.SetPanicOnFault. A fault on a ring's memory (the peer
