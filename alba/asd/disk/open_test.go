@@ -69,9 +69,13 @@ func TestGateOrder(t *testing.T) {
 	g := newGate(1)
 	must(t, g.acquire(background, guest))
 	order := make(chan asd.Priority, 100)
+	var done sync.WaitGroup
 	start := func(pri asd.Priority, n int) {
 		t.Helper()
+		g.mu.Lock()
 		before := g.guest.live + g.repair.live
+		g.mu.Unlock()
+		done.Add(n)
 		for range n {
 			go func() {
 				if err := g.acquire(background, pri); err != nil {
@@ -79,6 +83,7 @@ func TestGateOrder(t *testing.T) {
 				}
 				order <- pri
 				g.release(pri)
+				done.Done()
 			}()
 		}
 		deadline := time.Now().Add(20 * time.Second)
@@ -121,6 +126,7 @@ func TestGateOrder(t *testing.T) {
 			t.Fatalf("order %v", got)
 		}
 	}
+	done.Wait()
 	if g.free != 1 || g.repairs != 0 {
 		t.Fatalf("%d free, %d repairs", g.free, g.repairs)
 	}
