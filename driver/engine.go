@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -108,17 +109,30 @@ func (e *Engine) Pending() []uuid.UUID {
 	return ids
 }
 
-// populate touches the pool so that writers never wait for a page of it.
+// populate touches the pool so that writers never wait for a page of it, and then,
+// when nothing else wants the CPU, puts it on huge pages.
 func (e *Engine) populate() {
 	defer e.stopped.Done()
-	const step = 2 << 20
-	for off := 0; off < len(e.pool.bytes); off += step {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	e.eachStep(func(b []byte) bool { populate(b); return true })
+	e.nice.set(true)
+	defer e.nice.set(false)
+	e.eachStep(func(b []byte) bool { return len(b) < populateStep || collapse(b) })
+}
+
+// eachStep calls do for one part of the pool after the other until it returns
+// false or the engine is stopped.
+func (e *Engine) eachStep(do func(b []byte) bool) {
+	for off := 0; off < len(e.pool.bytes); off += populateStep {
 		select {
 		case <-e.stop:
 			return
 		default:
 		}
-		populate(e.pool.bytes[off:min(off+step, len(e.pool.bytes))])
+		if !do(e.pool.bytes[off:min(off+populateStep, len(e.pool.bytes))]) {
+			return
+		}
 	}
 }
 

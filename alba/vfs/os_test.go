@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // lockEnv makes the test binary a process that holds the lock it names.
@@ -82,4 +84,25 @@ func TestRemovedLockFile(t *testing.T) {
 	wantErr(t, err, ErrLocked)
 	must(t, second.Close())
 	must(t, second.Close())
+}
+
+// TestPartsAreUnderWayTogether: where the file system has direct I/O and the
+// kernel asynchronous I/O, parts don't wait for each other.
+func TestPartsAreUnderWayTogether(t *testing.T) {
+	f := mustOpen(t, OS(), filepath.Join(t.TempDir(), "f"), Create|Direct).(*osFile)
+	defer f.Close()
+	must(t, f.Truncate(1<<20))
+	fl, err := unix.FcntlInt(uintptr(f.fd), unix.F_GETFL, 0)
+	must(t, err)
+	c := takeAIO()
+	if fl&unix.O_DIRECT == 0 || c == nil {
+		t.Skip("no direct or no asynchronous I/O here")
+	}
+	c.giveBack()
+	b := alignedBuffer(4 * directAlignment)
+	parts := []Part{{Bufs: [][]byte{b, b}, Off: 0}, {Bufs: [][]byte{b[:directAlignment]}, Off: 1 << 19}}
+	results := f.writeTogether(parts)
+	if results[0] != 8*directAlignment || results[1] != directAlignment {
+		t.Fatalf("results %v", results)
+	}
 }

@@ -57,7 +57,7 @@ const (
 	rowNeighbour  = "neighbour"      // a quiet volume beside a busy one
 	rowRestart    = "restart"        // pause of an attached client
 	rowRestartTiB = "restart-1t"     // the same with 1 TiB mapped
-	settleLimit   = 15 * time.Second // between a measurement and the next
+	settleLimit   = 40 * time.Second // between a measurement and the next
 )
 
 // A target is one line of DESIGN.md §13.

@@ -157,6 +157,9 @@ func (b *bench) measureSustained(ctx context.Context) error {
 	if err := s.connect(client.Options{MemoryBytes: 32 << 20}); err != nil {
 		return err
 	}
+	if err := s.proc.settle(ctx, settleLimit); err != nil {
+		return err
+	}
 	b.say("sustained random write: scoria, %v", b.cfg.sustained)
 	spec := load.Spec{
 		Random: true, Depth: 32, Warmup: b.cfg.sustained / 2, Duration: b.cfg.sustained - b.cfg.sustained/2,
