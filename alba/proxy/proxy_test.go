@@ -201,7 +201,9 @@ func TestHedge(t *testing.T) {
 	must(t, p.CreateNamespace(t.Context(), ns))
 	b := albatest.Pattern(1, 400_000)
 	put(t, p, "o", b)
-	for _, d := range c.Disks[:2] {
+	m := manifest(t, c, "o")
+	stopped := []*albatest.Disk{c.Disk(m.Shards[0]), c.Disk(m.Shards[2])} // of data, not of parity
+	for _, d := range stopped {
 		d.Faulty.Set(asdtest.Fault{Stopped: true})
 	}
 	done := make(chan struct{})
@@ -215,14 +217,14 @@ func TestHedge(t *testing.T) {
 	if p.Counters().Decoded.Load() == 0 {
 		t.Error("nothing was decoded")
 	}
-	for _, d := range c.Disks[:2] {
+	for _, d := range stopped {
 		albatest.Eventually(t, d.ID+" is known to be down", func() bool {
 			reason, _ := p.Fleet().Member(d.ID).Down()
 			return reason != ""
 		})
 		d.Faulty.Set(asdtest.Fault{})
 	}
-	for _, d := range c.Disks[:2] {
+	for _, d := range stopped {
 		albatest.Eventually(t, d.ID+" is up again", func() bool {
 			reason, _ := p.Fleet().Member(d.ID).Down()
 			return reason == ""
