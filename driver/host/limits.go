@@ -51,7 +51,7 @@ func limitedCondition(name string, st limit.Stats, s limit.Settings) driver.Cond
 func (h *VolumeSet) limit(ctx context.Context, dev Volume, r *registry.Volume) Volume {
 	v := &limited{Volume: dev, limits: limit.New(dev)}
 	s, err := h.settings(ctx, r)
-	if err != nil && h.ctx.Err() == nil { // the daemon does not just stop
+	if err != nil && ctx.Err() == nil && h.ctx.Err() == nil { // the daemon does not just stop
 		h.log.Error().Err(err).Str("volume", r.FullName()).Msg("the limits of the volume's pool can't be read; only its own hold")
 	}
 	v.limits.Set(s)

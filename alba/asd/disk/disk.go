@@ -79,13 +79,14 @@ type Disk struct {
 	handles   *handles
 	opened    time.Time
 
-	queue  chan *applyReq // to the committer
-	dead   chan uint64    // value files to the remover
-	stop   chan struct{}  // closed by Close
-	failed chan struct{}  // closed by fail
-	stuck  atomic.Bool    // a goroutine of the key-value store is; see kvLogger
-	users  sync.WaitGroup // calls under way
-	loops  sync.WaitGroup // committer, remover, sweeper
+	queue     chan *applyReq // to the committer
+	dead      chan uint64    // value files to the remover
+	stop      chan struct{}  // closed by Close
+	failed    chan struct{}  // closed by fail
+	stuck     chan struct{}  // closed when a goroutine of the key-value store is; see kvLogger
+	stuckOnce sync.Once
+	users     sync.WaitGroup // calls under way
+	loops     sync.WaitGroup // committer, remover, sweeper
 
 	mu      sync.Mutex // guards the following and the order of Close
 	closed  bool
@@ -126,6 +127,7 @@ func Open(fsys vfs.FS, dir string, opts Options) (*Disk, error) {
 		dead:   make(chan uint64, 4096),
 		stop:   make(chan struct{}),
 		failed: make(chan struct{}),
+		stuck:  make(chan struct{}),
 		dirs:   make(map[uint64]struct{}),
 	}
 	d.handles = newHandles(d, opts.Handles)
@@ -312,21 +314,31 @@ func (d *Disk) Close() error {
 		return nil
 	}
 	d.closed = true
-	failure := d.failure
 	d.mu.Unlock()
 	d.users.Wait()
 	close(d.stop)
-	if d.stuck.Load() {
+	// The key-value store may die while it is being closed, too, and take the
+	// goroutine that closes it with it.
+	done := make(chan error, 1)
+	go func() {
+		d.loops.Wait()
+		d.handles.close()
+		err := d.db.Close()
+		if lockErr := d.lock.Close(); err == nil {
+			err = lockErr
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		if err != nil {
+			return fmt.Errorf("close ASD: %w", err)
+		}
+	case <-d.stuck:
+		d.mu.Lock()
+		failure := d.failure
+		d.mu.Unlock()
 		return fmt.Errorf("close ASD: %w: %w", asd.ErrFailed, failure)
-	}
-	d.loops.Wait()
-	d.handles.close()
-	err := d.db.Close()
-	if lockErr := d.lock.Close(); err == nil {
-		err = lockErr
-	}
-	if err != nil {
-		return fmt.Errorf("close ASD: %w", err)
 	}
 	return nil
 }

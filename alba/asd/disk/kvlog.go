@@ -29,8 +29,8 @@ func (l kvLogger) Errorf(format string, args ...any) {
 
 // Fatalf implements pebble's Logger.
 func (l kvLogger) Fatalf(format string, args ...any) {
-	l.d.stuck.Store(true)
 	l.d.fail(fmt.Errorf("key-value store: "+format, args...))
+	l.d.stuckOnce.Do(func() { close(l.d.stuck) })
 	select {}
 }
 
