@@ -175,7 +175,10 @@ func TestP5Damage(t *testing.T) {
 					if err != nil {
 						t.Fatalf("%+v: check: %v", s, err)
 					}
-					if len(rep.Problems) == 0 && counted == 0 {
+					// The root of the stop is published after the opening, and what it
+					// does not need goes: with it, perhaps, the damage.
+					_, statErr := r.fs.Stat(s.file)
+					if len(rep.Problems) == 0 && counted == 0 && !errors.Is(statErr, fs.ErrNotExist) {
 						t.Errorf("%+v: neither counted by reads nor found by the check", s)
 					}
 				})
@@ -210,7 +213,8 @@ func TestP5Check(t *testing.T) {
 			if err != nil {
 				t.Fatalf("%+v: check: %v", s, err)
 			}
-			if len(rep.Problems) == 0 {
+			_, statErr := r.fs.Stat(s.file) // as above: it may have gone for good
+			if len(rep.Problems) == 0 && !errors.Is(statErr, fs.ErrNotExist) {
 				t.Errorf("%+v: the check does not find it", s)
 			}
 		})
