@@ -13,9 +13,10 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/rs/zerolog"
 
-	"scoria/driver/block"
+	"scoria/driver/control"
 	"scoria/shm"
 	"scoria/shm/worker"
 )
@@ -147,7 +148,7 @@ type shmFront struct {
 	done   chan error
 }
 
-func newShmFront(c *Config, socks *sockets, workers *worker.Set, opener block.Opener, log zerolog.Logger) (*shmFront, error) {
+func newShmFront(c *Config, socks *sockets, workers *worker.Set, volumes *VolumeSet, log zerolog.Logger) (*shmFront, error) {
 	rules, err := c.Shm.rules()
 	if err != nil {
 		return nil, err
@@ -163,7 +164,11 @@ func newShmFront(c *Config, socks *sockets, workers *worker.Set, opener block.Op
 	}
 	f := &shmFront{
 		server: shm.NewServer(shm.Config{
-			Opener: opener, Set: workers, FullName: fullName, Allow: access.allow,
+			Opener: volumes, Set: workers, FullName: fullName, Allow: access.allow,
+			Snapshot: func(ctx context.Context, volume, snapshot string) error {
+				_, _, err := volumes.createSnapshot(ctx, volume, uuid.New(), control.CreateSnapshot{Name: snapshot})
+				return err
+			},
 			MaxConnections: c.Shm.Connections, MemoryBytes: int64(c.Shm.Memory), Log: log.With().Str("front_end", "shm").Logger(),
 		}),
 		socket: c.shmSocket(), done: make(chan error, 1),

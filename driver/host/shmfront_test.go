@@ -5,7 +5,10 @@ import (
 	"strings"
 	"testing"
 
+	"scoria/driver/control"
 	"scoria/shm"
+	"scoria/shm/client"
+	"scoria/shm/wire"
 )
 
 func TestShmAccess(t *testing.T) {
@@ -65,5 +68,35 @@ func TestShmConfigNamesWhatIsWrong(t *testing.T) {
 	good := "[[shm.access]]\nvolume = \"default/db*\"\nusers = [\"root\"]\ngroups = [\"0\"]\ncreate = true\n"
 	if c, err := parseConfig("test.toml", []byte(good)); err != nil || len(c.Shm.Access) != 1 || !c.Shm.Access[0].Create {
 		t.Error(c.Shm, err)
+	}
+}
+
+// TestShmSnapshot: a program makes a snapshot through shared memory's socket.
+func TestShmSnapshot(t *testing.T) {
+	c := testConfig(t)
+	h, api := startHost(t, c)
+	defer stopHost(t, h)
+	ctx := testContext(t)
+	if _, err := api.CreateVolume(ctx, control.CreateVolume{Name: "vm1", Size: 64 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	write(t, h, "vm1", 'x')
+	peer, err := client.Dial(ctx, c.shmSocket())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	if err := peer.Snapshot(ctx, "vm1", "before"); err != nil {
+		t.Fatal(err)
+	}
+	if err := peer.Snapshot(ctx, "vm1", "before"); err == nil || !strings.Contains(err.Error(), "exists") {
+		t.Errorf("the same name again: %v", err)
+	}
+	if err := peer.Snapshot(ctx, "vm2", "before"); !client.IsCode(err, wire.NotFound) {
+		t.Errorf("of no volume: %v", err)
+	}
+	list, err := api.Snapshots(ctx, "default/vm1")
+	if err != nil || len(list) != 1 || list[0].Name != "before" {
+		t.Errorf("%v, %v", list, err)
 	}
 }
