@@ -23,7 +23,9 @@ var update = flag.Bool("update", false, "rewrite the golden files")
 const patience = 20 * time.Second
 
 // daemon answers with fixed data.
-type daemon struct{}
+type daemon struct {
+	control.ObjectBackend // not asked for here
+}
 
 var created = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 

@@ -32,6 +32,7 @@ func (a *app) poolCreate() *cobra.Command {
 	}
 	cmd.Flags().Uint32Var(&req.BlockSize, "block-size", 0, "logical block of its volumes in bytes, 512 or 4096 (default: the daemon's)")
 	cmd.Flags().Var(&sco, "sco-size", "size of the objects that its volumes are stored in, 1M to 1G (default: the daemon's)")
+	cmd.Flags().StringVar(&req.Preset, "preset", "", "preset of the object store in which its volumes are kept (default: the directory store); for good")
 	return cmd
 }
 
@@ -71,6 +72,11 @@ func showPool(w *tabwriter.Writer, p *control.Pool) {
 	row(w, "volumes", p.Volumes)
 	row(w, "block size", p.BlockSize)
 	row(w, "SCO size", formatSize(uint64(p.SCOSize)))
+	store := "directory"
+	if p.Preset != "" {
+		store = "objects, preset " + p.Preset
+	}
+	row(w, "store", store)
 	row(w, "created", printTime(p.Created))
 }
 

@@ -52,7 +52,7 @@ Exit status: 0 success, 1 failure, 2 wrong usage or value, 3 not found, 4 in use
 	root.PersistentFlags().StringVarP(&a.output, "output", "o", "table", "output format: table or json")
 	root.PersistentFlags().BoolVarP(&a.quiet, "quiet", "q", false, "show no progress")
 	must(root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp)))
-	root.AddCommand(a.volumeCommand(), a.snapshotCommand(), a.scheduleCommand(), a.poolCommand(), a.jobCommand(), a.statusCommand(), a.benchCommand(), a.docsCommand())
+	root.AddCommand(a.volumeCommand(), a.snapshotCommand(), a.scheduleCommand(), a.poolCommand(), a.presetCommand(), a.asdCommand(), a.backendCommand(), a.jobCommand(), a.statusCommand(), a.benchCommand(), a.docsCommand())
 	return root
 }
 

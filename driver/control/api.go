@@ -34,6 +34,18 @@
 //	GET    /v1/schedules/POOL[/VOLUME]        Schedule, of a pool or a volume's own
 //	POST   /v1/schedules/POOL[/VOLUME]        SetSchedule → Schedule
 //	DELETE /v1/schedules/POOL[/VOLUME]        (204)
+//	GET    /v1/presets                        []Preset
+//	POST   /v1/presets                        Preset → Preset (201)
+//	GET    /v1/presets/NAME                   Preset
+//	POST   /v1/presets/NAME                   Preset → Preset
+//	GET    /v1/asds                           []ASD
+//	POST   /v1/asds                           AddASD → ASD (201)
+//	GET    /v1/asds/ID                        ASD
+//	POST   /v1/asds/ID/drain                  ASD
+//	DELETE /v1/asds/ID[?force=true]           ASD; what it had is rebuilt elsewhere
+//	GET    /v1/backend                        BackendStatus
+//	GET    /v1/backend/jobs/NAME              BackendJob; repair, verify, rebalance, orphans
+//	POST   /v1/backend/jobs/NAME/start|stop   BackendJob
 //	GET    /v1/jobs                           []Job
 //	GET    /v1/jobs/ID[?wait=SECONDS]         Job; waits for a change or the end
 //	DELETE /v1/jobs/ID                        Job; asks it to stop
@@ -93,6 +105,7 @@ type Volume struct {
 	LastDisconnect     string    `json:"last_disconnect,omitempty"`
 	LastDisconnectTime time.Time `json:"last_disconnect_time,omitzero"`
 
+	Preset     string      `json:"preset,omitempty"`     // of the object store; empty: the directory store
 	Template   bool        `json:"template,omitempty"`   // refuses writes, is there to be cloned
 	Snapshots  int         `json:"snapshots"`            // how many
 	Parent     string      `json:"parent,omitempty"`     // POOL/VOLUME@SNAPSHOT it was cloned from
@@ -174,6 +187,7 @@ type Pool struct {
 	SCOSize   int64     `json:"sco_size"`
 	Created   time.Time `json:"created"`
 	Volumes   int       `json:"volumes"`
+	Preset    string    `json:"preset,omitempty"` // of the object store; empty: the directory store
 }
 
 // CreatePool asks for a new pool. Zero values take the daemon's defaults.
@@ -181,6 +195,7 @@ type CreatePool struct {
 	Name      string `json:"name"`
 	BlockSize uint32 `json:"block_size,omitempty"`
 	SCOSize   int64  `json:"sco_size,omitempty"`
+	Preset    string `json:"preset,omitempty"` // of the object store; empty: the directory store
 }
 
 // Status describes the daemon.

@@ -25,10 +25,11 @@ const patience = 20 * time.Second
 
 // backend keeps volumes in a map; check and delete wait until they are let go.
 type backend struct {
-	mu      sync.Mutex
-	volumes map[string]control.Volume
-	inUse   map[string]bool
-	steps   chan int64 // progress of the running check; closed: finish
+	control.ObjectBackend // not asked for here
+	mu                    sync.Mutex
+	volumes               map[string]control.Volume
+	inUse                 map[string]bool
+	steps                 chan int64 // progress of the running check; closed: finish
 }
 
 func newBackend() *backend {

@@ -44,6 +44,7 @@ type Backend interface {
 	SettingsBackend
 	SnapshotBackend
 	ScheduleBackend
+	ObjectBackend
 }
 
 // Server answers the control API. Its goroutines: one per connection
@@ -120,6 +121,7 @@ func (s *Server) routes(metrics http.Handler) http.Handler {
 		"DELETE /v1/schedules/{pool}/{name}":    s.deleteSchedule,
 	}
 	maps.Copy(routes, s.snapshotRoutes())
+	maps.Copy(routes, s.objectRoutes())
 	for pattern, h := range routes {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) { s.serve(w, r, h) })
 	}

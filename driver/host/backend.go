@@ -22,6 +22,7 @@ type backend struct {
 	config Config
 
 	schedules *scheduler
+	objects   *objectStore
 }
 
 var _ control.Backend = (*backend)(nil)
@@ -63,7 +64,7 @@ func (b *backend) Pools(ctx context.Context) ([]control.Pool, error) {
 }
 
 func poolAnswer(r *registry.Pool, volumes int) control.Pool {
-	return control.Pool{Name: r.Name, BlockSize: r.BlockSize, SCOSize: r.SCOSize, Created: r.Created, Volumes: volumes}
+	return control.Pool{Name: r.Name, BlockSize: r.BlockSize, SCOSize: r.SCOSize, Created: r.Created, Volumes: volumes, Preset: r.Preset}
 }
 
 func (b *backend) Pool(ctx context.Context, name string) (control.Pool, error) {
@@ -87,7 +88,7 @@ func (b *backend) loadPool(ctx context.Context, name string) (registry.Entry[reg
 }
 
 func (b *backend) CreatePool(ctx context.Context, req control.CreatePool) (control.Pool, error) {
-	r := registry.Pool{Name: req.Name, BlockSize: req.BlockSize, SCOSize: req.SCOSize, Created: time.Now().UTC().Truncate(time.Second)}
+	r := registry.Pool{Name: req.Name, Preset: req.Preset, BlockSize: req.BlockSize, SCOSize: req.SCOSize, Created: time.Now().UTC().Truncate(time.Second)}
 	if r.BlockSize == 0 {
 		r.BlockSize = b.config.Pool.BlockSize
 	}
@@ -101,6 +102,11 @@ func (b *backend) CreatePool(ctx context.Context, req control.CreatePool) (contr
 		return control.Pool{}, control.Errorf(control.CodeInvalid, "pool %s: block size %d: must be 512 or 4096", r.Name, r.BlockSize)
 	case r.SCOSize < driver.MinSCOBytes || r.SCOSize > driver.MaxSCOBytes || r.SCOSize%driver.MinSCOBytes != 0:
 		return control.Pool{}, control.Errorf(control.CodeInvalid, "pool %s: SCO size %d: must be a multiple of 1 MiB from 1 MiB to 1 GiB", r.Name, r.SCOSize)
+	}
+	if r.Preset != "" {
+		if _, err := b.objects.preset(ctx, r.Preset); err != nil {
+			return control.Pool{}, err
+		}
 	}
 	_, err := registry.Create(ctx, b.reg, registry.PoolKey(r.Name), r)
 	if errors.Is(err, registry.ErrExist) {
@@ -175,7 +181,7 @@ func (b *backend) answer(r *registry.Volume) control.Volume {
 		Name: name, ID: r.ID, Size: r.Size, BlockSize: r.BlockSize, SCOSize: r.SCOSize, Serial: r.Serial,
 		ReadOnly: r.ReadOnly, Created: r.Created, State: string(r.State), Owner: r.Owner, Epoch: r.Epoch,
 		UsedBy: b.usedBy(name), Socket: b.socketPath(r.Pool, r.Name), Conditions: []control.Condition{},
-		Template: r.Template,
+		Template: r.Template, Preset: r.Preset,
 	}
 	if r.Parent != nil {
 		v.Parent = r.Parent.Name

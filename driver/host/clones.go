@@ -104,6 +104,8 @@ func (h *VolumeSet) beginClone(ctx context.Context, req control.CloneVolume, poo
 			r.SCOSize = parent.Record.SCOSize
 		}
 		switch err := h.checkRecord(&r); {
+		case (r.Preset == "") != (parent.Record.Preset == ""):
+			return registry.Entry[registry.Volume]{}, nil, control.Errorf(control.CodeInvalid, "clone %s of %s: one pool is in the object store and the other is not: must be both or neither, so clone within the pool and export, or name another pool", r.FullName(), req.From)
 		case r.Size < s.Record.Size:
 			return registry.Entry[registry.Volume]{}, nil, control.Errorf(control.CodeInvalid, "clone %s: size %d: must be at least the snapshot's, %d bytes (%s)", r.FullName(), r.Size, s.Record.Size, Size(s.Record.Size))
 		case err != nil:

@@ -120,6 +120,7 @@ type Config struct {
 	NBD         NBDConfig         `toml:"nbd"`
 	Shm         ShmConfig         `toml:"shm"`
 	Pool        PoolConfig        `toml:"pool"`
+	Backend     BackendConfig     `toml:"backend"`
 }
 
 // LogConfig is section [log].
@@ -183,6 +184,7 @@ func DefaultConfig() Config {
 		NBD:     NBDConfig{Enabled: true},
 		Shm:     ShmConfig{Enabled: true, Memory: shm.DefaultMemoryBytes, Connections: shm.DefaultMaxConnections, Access: []ShmAccess{}},
 		Pool:    PoolConfig{BlockSize: 512, SCOSize: driver.DefaultSCOBytes},
+		Backend: BackendConfig{RepairAfter: Duration(10 * time.Minute)},
 	}
 }
 
@@ -246,6 +248,9 @@ func (c *Config) Validate() error {
 		return err
 	}
 	if err := c.Shm.validate(); err != nil {
+		return err
+	}
+	if err := c.Backend.validate(); err != nil {
 		return err
 	}
 	switch {

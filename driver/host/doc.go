@@ -12,6 +12,10 @@
 //	RUN/lock           held while a daemon uses RUN; has its pid
 //	RUN/control.sock, RUN/nbd.sock, RUN/vhost/POOL/VOLUME.sock
 //
+// Volumes of pools with a preset are in the object store (objects.go), on storage
+// daemons that the registry lists: directories, which this daemon serves itself, and
+// addresses HOST:PORT.
+//
 // # Durability order
 //
 // A volume's creation: record in state creating; the engine's directories and
@@ -48,5 +52,6 @@
 //
 // Of Host: one per listener (control, metrics, nbd), one that records
 // attachments once a second, one that carries out snapshot schedules
-// (scheduler.go), one per volume being opened.
+// (scheduler.go), one per volume being opened, one that starts the maintenance of the
+// object store once it has a storage daemon (package repair has its goroutines).
 package host

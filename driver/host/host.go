@@ -44,6 +44,7 @@ type Host struct {
 	volumes *VolumeSet
 	engine  Engine
 	reg     *registry.Embedded
+	objects *objectStore
 	pool    string // the write buffer's file
 	poolLen int64
 
@@ -137,6 +138,10 @@ func (h *Host) openParts(ctx context.Context, fsys vfs.FS) error {
 		return err
 	}
 	h.undoLater(store.Close)
+	if h.objects, err = openObjectStore(ctx, fsys, h.reg, h.id.ID, &h.config, h.log); err != nil {
+		return err
+	}
+	h.undoLater(h.objects.close)
 	h.engine, err = OpenEngine(ctx, driver.Config{
 		FS: fsys, DataDir: h.config.DataDir, PoolFile: h.pool, PoolBytes: h.poolLen,
 		CacheBytes: int64(h.config.Cache.Local), ReadCacheBytes: int64(h.config.Cache.Read),
@@ -163,6 +168,7 @@ func (h *Host) openParts(ctx context.Context, fsys vfs.FS) error {
 		return err
 	}
 	h.volumes = NewVolumeSet(h.reg, h.engine, store, h.id.ID, h.config.vhostSocket, h.log)
+	h.volumes.presetStore = h.objects.store
 	return nil
 }
 
@@ -290,7 +296,7 @@ func (h *Host) serve(ctx context.Context) error {
 		shmServer = sf.server
 	}
 	schedules := newScheduler(h.volumes, h.volumes, h.log)
-	metrics := metricsHandler(newCollector(h.volumes, h.version, h.id.ID), newLimitCollector(h.volumes), schedules.events, newFrontCollector(workers, vf, nbdServer, shmServer))
+	metrics := metricsHandler(newCollector(h.volumes, h.version, h.id.ID), newLimitCollector(h.volumes), schedules.events, newFrontCollector(workers, vf, nbdServer, shmServer), newObjectCollector(h.objects))
 	if err := h.serveMetrics(metrics); err != nil {
 		return err
 	}
@@ -298,6 +304,7 @@ func (h *Host) serve(ctx context.Context) error {
 		return err
 	}
 	h.startSchedules(ctx, schedules)
+	h.undoLater(h.objects.maintain(ctx))
 	return nil
 }
 
@@ -367,7 +374,7 @@ func (h *Host) serveControl(socks *sockets, metrics http.Handler, schedules *sch
 		return err
 	}
 	log := h.log.With().Str("component", "control").Logger()
-	h.control = control.NewServer(&backend{VolumeSet: h.volumes, status: h.status, config: h.config, schedules: schedules}, metrics, log)
+	h.control = control.NewServer(&backend{VolumeSet: h.volumes, status: h.status, config: h.config, schedules: schedules, objects: h.objects}, metrics, log)
 	h.undoLater(func() error {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()
@@ -435,6 +442,7 @@ func (h *Host) status(context.Context) control.Status {
 		st.Conditions = append(st.Conditions, control.Condition{Code: "registry-failed", Message: err.Error()})
 	}
 	st.DataFree = free
+	st.Conditions = append(st.Conditions, h.objects.conditions()...)
 	return st
 }
 

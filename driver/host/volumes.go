@@ -33,6 +33,10 @@ type VolumeSet struct {
 	node   string // owner of what we open
 	log    zerolog.Logger
 
+	// presetStore returns the object store for volumes made with a preset; nil: the
+	// daemon has none. Set before the first volume is touched.
+	presetStore func(preset string) driver.Store
+
 	// socketPath returns where a volume's vhost socket lies.
 	socketPath func(pool, name string) string
 
@@ -309,8 +313,20 @@ func (h *VolumeSet) takeOwnership(ctx context.Context, e registry.Entry[registry
 func (h *VolumeSet) config(r *registry.Volume) driver.VolumeConfig {
 	return driver.VolumeConfig{
 		ID: r.ID, Name: r.FullName(), Serial: r.Serial, Size: r.Size, LogicalBlock: r.BlockSize,
-		SCOBytes: r.SCOSize, ReadOnly: r.ReadOnly, Epoch: r.Epoch, Store: h.store,
+		SCOBytes: r.SCOSize, ReadOnly: r.ReadOnly, Epoch: r.Epoch, Store: h.storeOf(r),
 	}
+}
+
+// storeOf returns where a volume's objects are; nil, which the engine refuses, if
+// the daemon can't reach that kind of store.
+func (h *VolumeSet) storeOf(r *registry.Volume) driver.Store {
+	switch {
+	case r.Preset == "":
+		return h.store
+	case h.presetStore == nil:
+		return nil
+	}
+	return h.presetStore(r.Preset)
 }
 
 func stateText(s registry.State) string {
@@ -407,7 +423,7 @@ func newRecord(req control.CreateVolume, pool, vol string, p *registry.Pool, nod
 	r := registry.Volume{
 		ID: uuid.New(), Pool: pool, Name: vol, Size: req.Size, BlockSize: req.BlockSize, SCOSize: req.SCOSize,
 		Serial: req.Serial, ReadOnly: req.ReadOnly, Created: time.Now().UTC().Truncate(time.Second),
-		State: registry.StateCreating, Owner: node, Epoch: 1,
+		State: registry.StateCreating, Owner: node, Epoch: 1, Preset: p.Preset,
 	}
 	if r.BlockSize == 0 {
 		r.BlockSize = p.BlockSize

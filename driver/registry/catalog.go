@@ -52,6 +52,10 @@ type Pool struct {
 	SCOSize   int64     `json:"sco_size"`   // data bytes of a SCO
 	Created   time.Time `json:"created"`
 
+	// Preset of the object store in which new volumes are kept; empty: in the directory
+	// store. It never changes.
+	Preset string `json:"preset,omitempty"`
+
 	Limits *limit.Settings `json:"limits,omitempty"` // of each volume that sets none itself
 }
 
@@ -71,6 +75,9 @@ type Volume struct {
 	Owner     string    `json:"owner"` // node ID; empty: nobody yet
 	Epoch     uint64    `json:"epoch"` // grows by one at each change of owner
 
+	// Preset of the object store that the volume was made with; empty: it is in the
+	// directory store. It never changes.
+	Preset string `json:"preset,omitempty"`
 	// Template: front ends may not write to it, only clone it.
 	Template bool `json:"template,omitempty"`
 	// Parent is what the volume was cloned from; nil: nothing, or it was flattened.

@@ -1,0 +1,233 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"scoria/alba"
+	"scoria/alba/asd"
+	"scoria/alba/asd/disk"
+	"scoria/alba/asd/remote"
+	"scoria/alba/proxy"
+	"scoria/alba/repair"
+	"scoria/alba/vfs"
+	"scoria/driver"
+	"scoria/driver/control"
+	"scoria/driver/registry"
+)
+
+// BackendConfig is section [backend].
+type BackendConfig struct {
+	MasterKeys  string   `toml:"master_keys" comment:"Master keys of presets that encrypt: a file with one key of 64 hex digits per line, the one\nin use first, or \"credential:NAME\" for a systemd credential; empty: none."`
+	Rack        string   `toml:"rack" comment:"Rack of this host: storage daemons that are near are read first."`
+	Datacentre  string   `toml:"datacentre" comment:"Datacentre of this host."`
+	RepairAfter Duration `toml:"repair_after" comment:"How long a storage daemon may be away before what it has is rebuilt on others, 1s to 168h."`
+	RepairRate  Size     `toml:"repair_rate" comment:"Bytes per second that maintenance of the object store may move; 0: no limit."`
+
+	TLSCert        string `toml:"tls_cert" comment:"PEM file with this daemon's certificate for storage daemons at HOST:PORT. All three or\nnone; without them only those on loopback are spoken to."`
+	TLSKey         string `toml:"tls_key" comment:"PEM file with its key."`
+	TLSCA          string `toml:"tls_ca" comment:"PEM file with the CA of the storage daemons' certificates."`
+	AllowPlaintext string `toml:"allow_plaintext" comment:"\"unencrypted and unauthenticated\" allows storage daemons beyond loopback without TLS."`
+}
+
+func (c *BackendConfig) security() remote.Security {
+	return remote.Security{CertFile: c.TLSCert, KeyFile: c.TLSKey, CAFile: c.TLSCA, AllowPlaintext: c.AllowPlaintext}
+}
+
+func (c *BackendConfig) validate() error {
+	s := c.security()
+	if err := s.Check(); err != nil {
+		return fmt.Errorf("backend.tls_cert, tls_key, tls_ca, allow_plaintext: %w", err)
+	}
+	switch {
+	case c.RepairAfter < Duration(time.Second) || c.RepairAfter > Duration(168*time.Hour):
+		return fmt.Errorf("backend.repair_after %s: must be from 1s to 168h", time.Duration(c.RepairAfter))
+	case c.RepairRate > 1<<40:
+		return fmt.Errorf("backend.repair_rate %s: must be at most 1TiB", c.RepairRate)
+	}
+	return nil
+}
+
+// objectStore is the daemon's part of the erasure-coded object store: its way to the
+// storage daemons, those that run within it, and the maintenance. Safe from any
+// goroutine. Lock order: embeddedASD.mu, which is held while a directory is opened or
+// closed; mu is a leaf.
+type objectStore struct {
+	proxy  *proxy.Proxy
+	keeper *repair.Maintainer
+
+	fs       vfs.FS
+	security remote.Security
+	host     string
+	log      zerolog.Logger
+	first    chan struct{} // a token when there may be a first storage daemon
+
+	mu       sync.Mutex
+	embedded map[string]*embeddedASD // by directory
+}
+
+// embeddedASD is a storage daemon within this process.
+type embeddedASD struct {
+	mu   sync.Mutex
+	disk *disk.Disk // nil: not open
+}
+
+// borrowed is an embedded storage daemon for the proxy, whose clients come and go.
+type borrowed struct{ asd.Client }
+
+func (borrowed) Close() error { return nil }
+
+// openObjectStore reads which storage daemons there are. None is needed to be up.
+func openObjectStore(ctx context.Context, fsys vfs.FS, reg registry.Store, node string, c *Config, log zerolog.Logger) (*objectStore, error) {
+	name, err := os.Hostname()
+	if err != nil {
+		return nil, err
+	}
+	o := &objectStore{fs: fsys, security: c.Backend.security(), host: name, first: make(chan struct{}, 1),
+		log: log.With().Str("component", "objects").Logger(), embedded: map[string]*embeddedASD{}}
+	var keys *alba.MasterKeys
+	if c.Backend.MasterKeys != "" {
+		if keys, err = alba.LoadMasterKeys(c.Backend.MasterKeys); err != nil {
+			return nil, fmt.Errorf("backend.master_keys: %w", err)
+		}
+	}
+	faults := repair.NewFaults()
+	o.proxy, err = proxy.New(ctx, proxy.Options{Registry: AlbaRegistry{reg}, Dial: o.dial, Node: node, Keys: keys,
+		Location: proxy.Location{Host: name, Rack: c.Backend.Rack, Datacentre: c.Backend.Datacentre},
+		Report:   o.report(faults), Log: o.log})
+	if err != nil {
+		return nil, err
+	}
+	o.keeper = repair.New(repair.Options{Proxy: o.proxy, Faults: faults, DownAfter: time.Duration(c.Backend.RepairAfter),
+		BytesPerSecond: int64(c.Backend.RepairRate), Log: o.log})
+	return o, nil
+}
+
+// report collects faults for repair, and says so in the log.
+func (o *objectStore) report(faults *repair.Faults) func(proxy.Fault) {
+	return func(f proxy.Fault) {
+		o.log.Warn().Str("namespace", f.Namespace).Str("object", f.Object).Int("shard", f.Shard).Str("asd", f.Device).Str("reason", f.Reason).
+			Msg("a piece of an object is bad or missing; it will be repaired")
+		faults.Add(f)
+	}
+}
+
+// store is where volumes made with a preset are kept.
+func (o *objectStore) store(preset string) driver.Store {
+	return AlbaStore{Proxy: o.proxy, Preset: preset}
+}
+
+// dial implements proxy.Dial: an address is a directory or HOST:PORT.
+func (o *objectStore) dial(_ context.Context, d alba.Device) (asd.Client, error) {
+	if !filepath.IsAbs(d.Address) {
+		return remote.New(d.Address, remote.Options{ID: d.ID, Security: o.security, Log: o.log})
+	}
+	e := o.entry(d.Address)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.disk == nil {
+		opened, err := disk.Open(o.fs, d.Address, disk.Options{ID: d.ID, Version: "embedded", Log: o.log})
+		if err != nil {
+			return nil, err
+		}
+		e.disk = opened
+	}
+	return borrowed{e.disk}, nil
+}
+
+func (o *objectStore) entry(dir string) *embeddedASD {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	e, ok := o.embedded[dir]
+	if !ok {
+		e = new(embeddedASD)
+		o.embedded[dir] = e
+	}
+	return e
+}
+
+// release closes an embedded storage daemon; no error if it is not open.
+func (o *objectStore) release(dir string) error {
+	e := o.entry(dir)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	d := e.disk
+	if e.disk = nil; d == nil {
+		return nil
+	}
+	return d.Close()
+}
+
+// maintain starts the maintenance as soon as there is a storage daemon: a daemon
+// without any has nothing to do. The function that it returns ends it.
+func (o *objectStore) maintain(ctx context.Context) (stop func() error) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for len(o.proxy.Fleet().Members()) == 0 {
+			select {
+			case <-o.first:
+			case <-ctx.Done():
+				return
+			}
+		}
+		o.keeper.Run(ctx)
+	}()
+	return func() error {
+		cancel()
+		<-done
+		return nil
+	}
+}
+
+// close ends everything; maintenance and volumes have ended before.
+func (o *objectStore) close() error {
+	o.proxy.Close()
+	o.mu.Lock()
+	dirs := make([]string, 0, len(o.embedded))
+	for dir := range o.embedded {
+		dirs = append(dirs, dir)
+	}
+	o.mu.Unlock()
+	var errs []error
+	for _, dir := range dirs {
+		errs = append(errs, o.release(dir))
+	}
+	return errors.Join(errs...)
+}
+
+// conditions are what is wrong with storage daemons.
+func (o *objectStore) conditions() []control.Condition {
+	var list []control.Condition
+	for _, m := range o.proxy.Fleet().Members() {
+		r := m.Record()
+		if r.State == alba.DeviceRemoved {
+			continue
+		}
+		if reason, since := m.Down(); reason != "" {
+			list = append(list, control.Condition{Code: "asd-down", Message: fmt.Sprintf("storage daemon %s at %s is down since %s: %s; bring it back, or replace it: `scoria asd add` another, then `scoria asd remove %s`",
+				r.ID, r.Address, since.UTC().Format(time.RFC3339), reason, r.ID)})
+		}
+		if st, _ := m.Stats(); st.Full {
+			list = append(list, control.Condition{Code: "asd-full", Message: fmt.Sprintf("storage daemon %s at %s is full: add another with `scoria asd add`, then `scoria backend rebalance start`", r.ID, r.Address)})
+		}
+	}
+	return list
+}
+
+// addressHost is the host of a storage daemon unless the operator says otherwise.
+func (o *objectStore) addressHost(address string) string {
+	if host, _, err := net.SplitHostPort(address); err == nil && !filepath.IsAbs(address) {
+		return host
+	}
+	return o.host
+}
