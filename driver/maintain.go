@@ -33,7 +33,15 @@ const exemptShare = 0.5
 // mustThrottle reports whether writes have to go through the queue: somebody
 // waits already, or the pool is so full that they are slowed down.
 func (v *Volume) mustThrottle() bool {
-	return v.eng.pool.fill() > throttleAt && v.eng.pool.share(v) > exemptShare || v.parked.busy.Load() || v.tooMuchGarbage.Load()
+	if v.parked.busy.Load() {
+		return true // whoever waits comes first
+	}
+	return v.mayThrottle() && v.pace.ahead(time.Now()) > maxAhead
+}
+
+// mayThrottle reports whether writes have a pace to keep.
+func (v *Volume) mayThrottle() bool {
+	return v.eng.pool.fill() > throttleAt && v.eng.pool.share(v) > exemptShare || v.tooMuchGarbage.Load()
 }
 
 // throttleDelay is how long writers rest after that many clusters: from nothing

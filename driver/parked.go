@@ -119,7 +119,6 @@ func (v *Volume) park(r *block.Request, done uint32) {
 // admit lets waiting writes in as room comes and as fast as the throttle allows.
 func (v *Volume) admit() {
 	debug.SetPanicOnFault(true)
-	var debt time.Duration
 	for {
 		p := v.parked.pop()
 		if p == nil {
@@ -147,14 +146,45 @@ func (v *Volume) admit() {
 		} else {
 			v.end(p.r, err)
 		}
-		debt += v.throttleDelay(p.done - before)
-		if debt > time.Millisecond {
+		if v.charge(p.done-before) > maxAhead {
 			v.raise("throttled", "writes are slowed down so that the write buffer or the disk does not run full suddenly")
 			select {
-			case <-time.After(debt):
+			case <-time.After(v.pace.ahead(time.Now())):
 			case <-v.ctx.Done():
 			}
-			debt = 0
+		}
+	}
+}
+
+// charge adds what the throttle asks for so many clusters to the pace, and returns
+// how far ahead of it the volume's writers are now.
+func (v *Volume) charge(clusters uint32) time.Duration {
+	now := time.Now()
+	v.pace.charge(now, v.throttleDelay(clusters))
+	return v.pace.ahead(now)
+}
+
+// maxAhead is how far writers may be ahead of their pace: what they do within it is
+// done at once, on the worker, which costs a fraction of going through the admitter;
+// and a pause is long enough to be worth its timer.
+const maxAhead = time.Millisecond
+
+// pace is when a volume's writers would be done with what they have written if they
+// wrote as slowly as the throttle asks. Any goroutine.
+type pace struct{ until atomic.Int64 } // Unix nanoseconds
+
+func (p *pace) ahead(now time.Time) time.Duration {
+	return time.Duration(p.until.Load() - now.UnixNano())
+}
+
+func (p *pace) charge(now time.Time, d time.Duration) {
+	if d <= 0 {
+		return
+	}
+	for {
+		until := p.until.Load()
+		if p.until.CompareAndSwap(until, max(until, now.UnixNano())+int64(d)) {
+			return
 		}
 	}
 }

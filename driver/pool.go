@@ -352,7 +352,7 @@ func (p *pool) markDirty(l *logSCO, slot uint32) bool {
 	if p.owners[id].clean { // its entry in the fifo is skipped
 		p.owners[id].clean = false
 		p.nclean--
-		p.dirty.Add(1)
+		p.gained(l)
 	}
 	return true
 }

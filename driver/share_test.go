@@ -62,6 +62,11 @@ func TestPoolShares(t *testing.T) {
 	if d, h := p.dirty.Load(), p.holders.Load(); d != 2 || h != 1 || quiet.vol.dirtyChunks.Load() != 2 {
 		t.Fatalf("adopted: %d dirty, %d holders, %d of the volume", d, h, quiet.vol.dirtyChunks.Load())
 	}
+	// What was written out may have to be written again, after a failed sync.
+	p.markClean(quiet, 0)
+	if !p.markDirty(quiet, 0) || quiet.vol.dirtyChunks.Load() != 2 || p.holders.Load() != 1 {
+		t.Fatalf("dirty again: %d holders, %d of the volume", p.holders.Load(), quiet.vol.dirtyChunks.Load())
+	}
 	quiet.releaseChunks()
 	if p.dirty.Load() != 0 || p.holders.Load() != 0 || len(p.free) != chunks {
 		t.Fatalf("in the end %d dirty, %d holders, %d free", p.dirty.Load(), p.holders.Load(), len(p.free))

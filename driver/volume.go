@@ -63,6 +63,7 @@ type Volume struct {
 	clones           users               // open clones
 
 	parked     parkedQueue
+	pace       pace
 	waiting    waitingSet
 	resizeMu   sync.Mutex     // one change of size at a time; before house
 	rmw        [64]sync.Mutex // sub-cluster writes, by cluster number

@@ -23,6 +23,7 @@ var errNoRoom = errors.New("write buffer is full")
 func (v *Volume) submitWrites(batch []*block.Request) {
 	unusable := v.writable()
 	var bytes uint64
+	var inlined uint32 // clusters
 	v.lastWrite.Store(v.eng.now.Load())
 	throttled := v.mustThrottle()
 	v.gate.RLock()
@@ -46,6 +47,7 @@ func (v *Volume) submitWrites(batch []*block.Request) {
 		}
 		src := segments{list: r.Segments}
 		done, err := v.writeClusters(&src, first, uint32(n))
+		inlined += done
 		if err == errNoRoom {
 			v.takeOver(r)
 			v.writeLater(r, uint32(done))
@@ -59,6 +61,9 @@ func (v *Volume) submitWrites(batch []*block.Request) {
 		v.answer(r, err)
 	}
 	v.gate.RUnlock()
+	if inlined > 0 && v.mayThrottle() {
+		v.charge(inlined)
+	}
 	v.stats.ops[block.OpWrite].add(uint64(len(batch)), bytes)
 }
 
