@@ -2,11 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"syscall"
+	"time"
 
 	"scoria/vhost/client"
 )
@@ -21,7 +24,14 @@ type server struct {
 }
 
 func (s *server) connect(opts client.Options) (err error) {
-	if s.client, err = client.Connect(s.socket, opts); err != nil {
+	// A socket is there a moment before its server listens on it.
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		s.client, err = client.Connect(s.socket, opts)
+		if !errors.Is(err, syscall.ECONNREFUSED) || time.Now().After(end) {
+			break
+		}
+	}
+	if err != nil {
 		return fmt.Errorf("%s: %w", s.name, err)
 	}
 	s.client.FillArena(1)

@@ -8,6 +8,7 @@ import (
 	"path"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -162,13 +163,14 @@ func TestP1PowerLossAtEveryStep(t *testing.T) {
 		fsys := vfs.NewMem()
 		b := &books{acked: asdtest.NewModel("m"), next: asdtest.NewModel("m")}
 		var cuts []cut
-		every := 1 // the first start and the first Applies: every step
+		var every atomic.Int64 // steps per cut
+		every.Store(1)         // the first start and the first Applies: every step
 		crashHook(fsys, rng, 1, func(op vfs.Op, name string) {
-			if every > 1 && rng.IntN(every) != 0 {
-				return
-			}
 			b.mu.Lock()
 			defer b.mu.Unlock()
+			if n := int(every.Load()); n > 1 && rng.IntN(n) != 0 {
+				return
+			}
 			cuts = append(cuts, cut{fsys.CrashClone(rng), b.acked, b.next, fmt.Sprintf("before %v %s", op, name)})
 			steps[op]++
 		})
@@ -176,7 +178,7 @@ func TestP1PowerLossAtEveryStep(t *testing.T) {
 		w := &asdtest.Workload{Rng: rand.New(rand.NewPCG(seed, 2)), MaxSize: 20_000}
 		for i := range 60 {
 			if i == 10 {
-				every = 4
+				every.Store(4)
 			}
 			b.apply(t, d, w)
 			if i%20 == 19 {
