@@ -52,7 +52,7 @@ func (v *Volume) findRoot(ctx context.Context, found *foundSnaps) (*lba.Root, er
 	roots = slices.Compact(roots)
 	slices.Reverse(roots)
 	for _, n := range roots {
-		root, err := v.readRoot(n)
+		root, err := v.readRoot(ctx, n)
 		if err == nil {
 			v.ckpt.rootStored = slices.Contains(stored, n)
 			return root, nil
@@ -76,8 +76,8 @@ func (v *Volume) checksumTrouble(err error) {
 }
 
 // readRoot reads a root from the local disk or, if that one is damaged, the store.
-func (v *Volume) readRoot(name string) (*lba.Root, error) {
-	r, size, err := v.openMapObject(v.ctx, name)
+func (v *Volume) readRoot(ctx context.Context, name string) (*lba.Root, error) {
+	r, size, err := v.openMapObject(ctx, name)
 	if err != nil {
 		return nil, err
 	}
@@ -88,9 +88,12 @@ func (v *Volume) readRoot(name string) (*lba.Root, error) {
 	if _, isLocal := r.(localFile); !isLocal {
 		return nil, err
 	}
-	size, serr := v.cfg.Store.Size(v.ctx, v.namespace(), name)
+	size, serr := v.storeSize(ctx, name)
+	if failed := (*storeError)(nil); errors.As(serr, &failed) {
+		return nil, serr // it may be sound there
+	}
 	if serr != nil {
 		return nil, err
 	}
-	return lba.ReadRoot(storeObject{v.ctx, v, name}, size)
+	return lba.ReadRoot(storeObject{ctx, v, name}, size)
 }

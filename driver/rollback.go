@@ -199,6 +199,7 @@ func (c *checkpoints) supersede(ctx context.Context, cause error) error {
 	if err := c.take(ctx, nil, true); err != nil {
 		c.v.failed.Store(true)
 		c.v.raise("rollback-failed", "a rollback failed half way (%v) and can't be undone (%v): writes and flushes fail until the daemon is restarted; the volume then is as before or as at the snapshot", cause, err)
+		return fmt.Errorf("%w: %w", block.ErrFailed, cause)
 	}
 	return cause
 }

@@ -342,7 +342,7 @@ func (v *Volume) readSnapshotRoot(ctx context.Context, s *Snapshot) (*lba.Root, 
 		return nil, nil, err
 	}
 	name := snapName(s.Sequence)
-	root, err := v.readRoot(name)
+	root, err := v.readRoot(ctx, name)
 	if err != nil {
 		v.checksumTrouble(err)
 		return nil, nil, fmt.Errorf("snapshot %s: %w", s.Name, err)

@@ -161,7 +161,7 @@ func (v *Volume) requeue(ctx context.Context, s *snapshotState) error {
 // the local disk and in the store, oldest first: for a registry that has lost its
 // records. Roots that can't be read are left out and reported in the error.
 func (e *Engine) FindSnapshots(ctx context.Context, cfg VolumeConfig) ([]Snapshot, error) {
-	v := &Volume{eng: e, cfg: cfg, dir: e.volumeDir(cfg.ID), log: e.cfg.Log, ctx: ctx}
+	v := &Volume{eng: e, cfg: cfg, dir: e.volumeDir(cfg.ID), log: e.cfg.Log}
 	names, err := cfg.Store.List(ctx, v.namespace(), snapPrefix)
 	if err != nil {
 		return nil, fmt.Errorf("volume %s: snapshots: %w", cfg.Name, err)
@@ -179,7 +179,7 @@ func (e *Engine) FindSnapshots(ctx context.Context, cfg VolumeConfig) ([]Snapsho
 			continue
 		}
 		found.stored[seq] = true // once
-		root, err := v.readRoot(n)
+		root, err := v.readRoot(ctx, n)
 		if err == nil {
 			var blob *rootBlob
 			if blob, err = decodeBlob(root.Blob); err == nil && blob.snapshot != nil {

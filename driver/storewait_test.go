@@ -5,10 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/google/uuid"
 
 	"scoria/driver"
 	"scoria/driver/block"
@@ -243,6 +246,57 @@ func TestP8WaitForStoreEnds(t *testing.T) {
 		r.verify("P3", func(*effect) bool { return true })
 		r.close()
 	})
+}
+
+// TestP8HangingStoreDoesNotHoldUpTheEnd: neither an opening nor what reads the root of
+// a snapshot keeps the daemon from stopping.
+func TestP8HangingStoreDoesNotHoldUpTheEnd(t *testing.T) {
+	r, m := muteRig(t, rand.New(rand.NewPCG(1, 4)), false)
+	s, err := r.vol.CreateSnapshot(context.Background(), uuid.UUID{1}, "s", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := "data/volumes/" + r.cfg.ID.String() + "/map"
+	eventually(t, "the snapshot's root to be only in the store", func() bool {
+		names, err := r.fs.List(dir)
+		return err == nil && len(r.stored("snap-")) == 1 && !slices.ContainsFunc(names, func(n string) bool { return strings.HasPrefix(n, "snap-") })
+	})
+	m.set("hangs")
+	defer m.set("")
+	viewing, closed := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := r.vol.OpenSnapshot(context.Background(), s.ID)
+		viewing <- err
+	}()
+	eventually(t, "the root to be asked for", m.waiting(1))
+	go func() { closed <- r.vol.Close(context.Background()) }()
+	if err := result(t, "close", closed); err != nil {
+		t.Fatal(err)
+	}
+	if result(t, "opening the snapshot", viewing) == nil {
+		t.Fatal("a snapshot was opened without its root")
+	}
+	names, err := r.fs.List(dir)
+	r.must(err)
+	for _, n := range names {
+		if strings.HasPrefix(n, "root-") {
+			r.must(r.fs.Remove(dir + "/" + n))
+		}
+	}
+	m.set("hangs") // asked anew
+	r.cfg.Snapshots = []driver.Snapshot{s}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	opened := make(chan error, 1)
+	go func() {
+		_, err := r.eng.OpenVolume(ctx, r.cfg)
+		opened <- err
+	}()
+	eventually(t, "the root to be asked for", m.waiting(1))
+	cancel()
+	if result(t, "the opening", opened) == nil {
+		t.Fatal("opened without a root")
+	}
 }
 
 // TestP5LostObjectIsNotWaitedFor: what the store does not have is an error at once.

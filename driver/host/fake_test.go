@@ -36,6 +36,7 @@ type fakeEngine struct {
 	views    map[uuid.UUID]int // open ones, by snapshot
 	sequence uint64
 	crash    *crasher // nil: never
+	late     error    // of deletions of snapshots, once those are gone
 }
 
 func newFakeEngine() *fakeEngine {

@@ -153,7 +153,7 @@ func (v *fakeVolume) DeleteSnapshot(ctx context.Context, id uuid.UUID) error {
 			return fmt.Errorf("fake: %w", driver.ErrSnapshotInUse)
 		}
 		d.snaps = slices.DeleteFunc(d.snaps, func(s fakeSnap) bool { return s.ID == id })
-		return nil
+		return v.engine.late
 	})
 }
 

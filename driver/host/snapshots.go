@@ -38,7 +38,10 @@ func (h *VolumeSet) enterOpen(ctx context.Context, name string) (dev Volume, e r
 			leave() // closed again since
 			continue
 		}
-		if e, err = h.load(ctx, name); err == nil {
+		if e, err = h.load(ctx, name); err == nil && e.Record.State == registry.StateReady && e.Record.RollingBack != nil {
+			e, err = h.resumeRollback(ctx, dev, e)
+		}
+		if err == nil {
 			err = settled(&e.Record)
 		}
 		if err != nil {
@@ -54,6 +57,8 @@ func settled(r *registry.Volume) error {
 	switch {
 	case r.State != registry.StateReady:
 		return control.Errorf(control.CodeUnavailable, "volume %s is not ready: %s", r.FullName(), stateText(r.State))
+	case r.RollingBack != nil:
+		return control.Errorf(control.CodeUnavailable, "a rollback of volume %s is not finished: do it again", r.FullName())
 	case r.Incomplete != nil && r.Incomplete.Kind == registry.IncompleteImport:
 		return control.Errorf(control.CodeUnavailable, "volume %s is being imported", r.FullName())
 	case r.Incomplete != nil:
@@ -268,9 +273,14 @@ func (h *VolumeSet) deleteSnapshotIn(ctx context.Context, dev Volume, e registry
 		return refusal(err)
 	}
 	key := registry.SnapshotKey(e.Record.ID, snapshot)
-	// It ends in any case: the record must not stay behind in state deleting.
+	// It ends in any case: the record must not stay behind in state deleting as long
+	// as the engine has the snapshot.
 	ctx = context.WithoutCancel(ctx)
 	if err := dev.DeleteSnapshot(ctx, s.Record.ID); err != nil {
+		if !slices.ContainsFunc(dev.Snapshots(), func(has driver.Snapshot) bool { return has.ID == s.Record.ID }) {
+			// Nothing keeps its data any more.
+			return fmt.Errorf("delete snapshot %s: %w; it is gone, but not its space: delete it again", full, err)
+		}
 		s.Record.State = registry.StateReady
 		_, back := registry.Replace(ctx, h.reg, key, s)
 		if errors.Is(err, driver.ErrSnapshotInUse) {
@@ -332,6 +342,23 @@ func (h *VolumeSet) later(ctx context.Context, s *registry.Snapshot) ([]registry
 	return slices.DeleteFunc(list, func(e registry.Entry[registry.Snapshot]) bool { return e.Record.Sequence <= s.Sequence }), err
 }
 
+// unfinishedRollback is what volume.incomplete says while the record has the intent
+// of a rollback: the next opening carries that out, so nothing may be written before.
+const unfinishedRollback = "rollback"
+
+// resumeRollback finishes a rollback of this run that could not be recorded or was
+// refused by a disk. The gate is held.
+func (h *VolumeSet) resumeRollback(ctx context.Context, dev Volume, e registry.Entry[registry.Volume]) (registry.Entry[registry.Volume], error) {
+	ctx = context.WithoutCancel(ctx)
+	if err := h.catchUp(ctx, dev, e); err != nil {
+		return e, fmt.Errorf("volume %s: %w", e.Record.FullName(), err)
+	}
+	v := h.volume(e.Record.FullName())
+	h.setIncomplete(v, "")
+	h.serve(v)
+	return h.load(ctx, v.name)
+}
+
 // rollback makes a volume that nobody uses what it was at a snapshot. From the
 // record of the intent on it is carried out, by the next opening if need be.
 func (h *VolumeSet) rollback(ctx context.Context, name, snapshot string, force bool) (registry.Volume, error) {
@@ -362,12 +389,16 @@ func (h *VolumeSet) rollback(ctx context.Context, name, snapshot string, force b
 		return e.Record, refusal(err)
 	}
 	ctx = context.WithoutCancel(ctx)
+	v := h.volume(name)
+	h.setIncomplete(v, unfinishedRollback)
 	if err := dev.Rollback(ctx, s.Record.ID, true); err != nil {
-		return e.Record, h.abandonRollback(ctx, dev, e, later, err)
+		return e.Record, h.abandonRollback(ctx, v, e, err)
 	}
 	if e, err = h.endRollback(ctx, dev, e); err != nil {
-		return e.Record, err
+		h.unserve(v)
+		return e.Record, fmt.Errorf("%w; the volume is not served until the rollback is recorded: do it again", err)
 	}
+	h.setIncomplete(v, "")
 	h.log.Info().Str("volume", name).Str("snapshot", snapshot).Int("dropped", len(later)).Msg("volume rolled back")
 	return e.Record, nil
 }
@@ -386,29 +417,30 @@ func nameSome(list []registry.Entry[registry.Snapshot]) string {
 	return text
 }
 
-// abandonRollback takes the intent back if the engine refused before it changed
-// anything; else it stays, for the next opening.
-func (h *VolumeSet) abandonRollback(ctx context.Context, dev Volume, e registry.Entry[registry.Volume], later []registry.Entry[registry.Snapshot], cause error) error {
-	name := e.Record.FullName()
-	var held *block.InUseError
-	refused := errors.As(cause, &held)
-	has := map[uuid.UUID]bool{}
-	for _, s := range dev.Snapshots() {
-		has[s.ID] = true
-	}
-	untouched := refused || errors.Is(cause, driver.ErrSnapshotInUse)
-	for i := range later {
-		untouched = untouched && (later[i].Record.State != registry.StateReady || has[later[i].Record.ID])
-	}
-	if !untouched {
-		return fmt.Errorf("rollback of %s: %w; it will be finished when the volume is next opened", name, cause)
+// abandonRollback takes the intent back after the engine refused: it has changed
+// nothing then, and guests go on writing, which a later opening must not undo. Only
+// a volume that has failed may be either way; it takes no writes, and the intent
+// stays. Whoever opened it and has not claimed it yet is disconnected.
+func (h *VolumeSet) abandonRollback(ctx context.Context, v *volume, e registry.Entry[registry.Volume], cause error) error {
+	if errors.Is(cause, block.ErrFailed) {
+		h.unserve(v)
+		return fmt.Errorf("rollback of %s: %w; it will be finished when the volume is next opened", v.name, cause)
 	}
 	e.Record.RollingBack = nil
 	_, err := registry.Replace(ctx, h.reg, registry.VolumeKey(e.Record.Pool, e.Record.Name), e)
-	if refused {
-		return errors.Join(inUse(name, held.Holder.String()), err)
+	if err == nil {
+		h.setIncomplete(v, "")
+	} else {
+		h.unserve(v)
 	}
-	return errors.Join(control.Errorf(control.CodeInUse, "rollback of %s: a snapshot that it would drop is being read: disconnect its readers first", name), err)
+	var held *block.InUseError
+	switch {
+	case errors.As(cause, &held):
+		return errors.Join(inUse(v.name, held.Holder.String()), err)
+	case errors.Is(cause, driver.ErrSnapshotInUse):
+		return errors.Join(control.Errorf(control.CodeInUse, "rollback of %s: a snapshot that it would drop is being read: disconnect its readers first", v.name), err)
+	}
+	return errors.Join(fmt.Errorf("rollback of %s: %w", v.name, cause), err)
 }
 
 // endRollback records what the engine has done.

@@ -68,7 +68,7 @@ type volume struct {
 	frontErrors []string           // why it is not served
 	awaited     bool               // front ends get it when it is open; see openAwaited
 	template    bool               // as of the record; set when it is opened or changed
-	incomplete  string             // kind of the import or receive under way, likewise
+	incomplete  string             // kind of the import or receive under way, likewise; or unfinishedRollback
 
 	readers atomic.Int64 // of its snapshots
 }
@@ -171,8 +171,11 @@ func (h *VolumeSet) Open(ctx context.Context, name string) (block.Device, error)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	v := h.volumeLocked(name)
-	if v.incomplete == registry.IncompleteReceive {
+	switch v.incomplete {
+	case registry.IncompleteReceive:
 		return nil, control.Errorf(control.CodeUnavailable, "volume %s is being received", name)
+	case unfinishedRollback:
+		return nil, control.Errorf(control.CodeUnavailable, "volume %s is being rolled back", name)
 	}
 	h.used[name] = true
 	if v.template {

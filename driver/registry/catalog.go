@@ -87,7 +87,7 @@ type Volume struct {
 	// need them.
 	Ancestors []Ancestor `json:"ancestors,omitempty"`
 	// RollingBack is the snapshot of an unfinished rollback; whoever opens the
-	// volume carries it out again.
+	// volume carries it out again, and no guest gets it before.
 	RollingBack *uuid.UUID `json:"rolling_back,omitempty"`
 	// Incomplete: its contents are being brought in; no guest gets it.
 	Incomplete *Incomplete `json:"incomplete,omitempty"`

@@ -134,7 +134,7 @@ func BeginDeleteSnapshot(ctx context.Context, s Store, volume *Volume, name stri
 			return err
 		case len(clones) > 0:
 			return &ClonesError{what, clones}
-		case r.State != StateReady:
+		case r.State != StateReady && r.State != StateDeleting: // the latter failed before
 			return &StateError{what, r.State}
 		}
 		r.State = StateDeleting
