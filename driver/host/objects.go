@@ -111,10 +111,12 @@ func openObjectStore(ctx context.Context, fsys vfs.FS, reg registry.Store, node 
 	return o, nil
 }
 
-// report collects faults for repair, and says so in the log.
+// report collects faults for repair, and says so in the log: a disk that is away
+// makes one for each object, of which some are enough.
 func (o *objectStore) report(faults *repair.Faults) func(proxy.Fault) {
+	log := o.log.Sample(&zerolog.BurstSampler{Burst: 10, Period: time.Minute})
 	return func(f proxy.Fault) {
-		o.log.Warn().Str("namespace", f.Namespace).Str("object", f.Object).Int("shard", f.Shard).Str("asd", f.Device).Str("reason", f.Reason).
+		log.Warn().Str("namespace", f.Namespace).Str("object", f.Object).Int("shard", f.Shard).Str("asd", f.Device).Str("reason", f.Reason).
 			Msg("a piece of an object is bad or missing; it will be repaired")
 		faults.Add(f)
 	}

@@ -29,7 +29,7 @@ func Build(ctx context.Context, dir, version string) (Programs, error) {
 	if err != nil {
 		return Programs{}, err
 	}
-	cmd := `cd "$1" && CGO_ENABLED=0 exec go build -ldflags "-X main.version=$3" -o "$2/" ./cmd/scoriad ./cmd/scoria`
+	cmd := `cd "$1" && CGO_ENABLED=0 exec go build -ldflags "-X main.version=$3" -o "$2/" ./cmd/scoriad ./cmd/scoria ./cmd/scoria-asd`
 	if _, err := bed.Run(ctx, "sh", "-c", cmd, "sh", root, dir, version); err != nil {
 		return Programs{}, err
 	}
