@@ -24,7 +24,7 @@ const patience = 20 * time.Second
 
 // daemon answers with fixed data.
 type daemon struct {
-	control.ObjectBackend // not asked for here
+	control.ObjectBackend // for what the command line does not ask
 }
 
 var created = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -212,6 +212,19 @@ func TestGoldenOutput(t *testing.T) {
 		{"volume-receive-position", "volume receive fast/db --position", 0},
 		{"volume-receive-abort", "volume receive fast/db --abort", 0},
 		{"volume-check-problems", "volume check fast/db", 5},
+		{"asd-add", "asd add 10.0.0.5:9711 --host node5 --rack r2 --datacentre dc1", 0},
+		{"asd-list", "asd list", 0},
+		{"asd-show", "asd show 2f0c", 0},
+		{"asd-drain", "asd drain /srv/disk1", 0},
+		{"asd-remove", "asd remove --force 1f0c0a52", 0},
+		{"preset-create", "preset create two --policy 2,1,2,1 --fragment-size 1M --compression lz4", 0},
+		{"preset-set", "preset set safe --encryption aes-256-gcm", 0},
+		{"preset-list", "preset list", 0},
+		{"preset-show", "preset show safe", 0},
+		{"backend-status", "backend status", 0},
+		{"backend-repair-status", "backend repair status", 0},
+		{"backend-verify-start", "backend verify start", 0},
+		{"backend-rebalance-stop", "backend rebalance stop", 0},
 		{"volume-set", "volume set vm1 --serial S2 --read-only", 0},
 		{"volume-limit", "volume limit vm1", 0},
 		{"volume-limit-set", "volume limit vm1 --write-iops 50 --read-bps 1.5M --iops none --burst 10s --burst-bytes default", 0},
@@ -272,6 +285,13 @@ func TestExitCodes(t *testing.T) {
 		{"volume create v --size 1G --colour red", 2, "unknown flag"},
 		{"volume create a/b/c --size 1G", 2, "POOL/VOLUME"},
 		{"volume resize vm1 1G", 6, "would be lost"},
+		{"asd remove 1f0c", 6, "still holds"},
+		{"asd show zzzz", 3, "no storage daemon"},
+		{"asd add", 2, "DIRECTORY|HOST:PORT"},
+		{"preset create p", 2, "--policy is needed"},
+		{"preset create p --policy 2,1", 2, "four numbers"},
+		{"preset create p --policy 2,1,x,1", 2, "is no number"},
+		{"preset show nosuch", 3, "no preset"},
 		{"volume set vm1", 2, "--serial or --read-only"},
 		{"volume set fast/db --read-only", 4, "in use by vhost 3"},
 		{"volume limit vm1 --read-iops many", 2, "number of requests"},
