@@ -161,7 +161,8 @@ func (v *Volume) doom(dead []uint64) (fresh []uint64) {
 	return fresh
 }
 
-// removeStaleInStore removes what the newest published root does not need.
+// removeStaleInStore removes what neither the root just published needs nor anything
+// later. Caller holds mu.
 func (c *checkpoints) removeStaleInStore(ctx context.Context, p *publication) error {
 	v := c.v
 	keep := map[string]bool{rootName(p.sequence): true}
@@ -170,6 +171,16 @@ func (c *checkpoints) removeStaleInStore(ctx context.Context, p *publication) er
 	}
 	for o := range c.pinned {
 		keep[pagesName(o)] = true
+	}
+	// A rollback may have gone back, since p was made, to pages to which p does not
+	// refer and which no snapshot keeps any more: only the store has them.
+	for _, o := range c.own(v.m.Objects()) {
+		keep[pagesName(o)] = true
+	}
+	if c.pending != nil {
+		for _, o := range c.pending.objects {
+			keep[pagesName(o)] = true
+		}
 	}
 	for _, prefix := range []string{rootPrefix, pagesPrefix} {
 		names, err := v.cfg.Store.List(ctx, v.namespace(), prefix)
