@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"scoria/integration/bed"
+	"scoria/integration/guest"
 	"scoria/integration/qemu"
 )
 
@@ -429,4 +430,36 @@ done`)
 	e.cli("volume delete d")
 	e.cli("volume delete v --force")
 	e.fsck("c")
+}
+
+// TestGuestsBootFromClones: a template's clones boot, two at once, and each keeps to
+// itself what its guest writes.
+func TestGuestsBootFromClones(t *testing.T) {
+	e := start(t)
+	e.must(e.Create(e.ctx, "gold", "64M"))
+	file := filepath.Join(scratch(t, false), "boot.raw")
+	e.must(guest.WriteBootDisk(e.ctx, file, 64<<20))
+	e.run("nbdcopy", file, e.NBD("gold"))
+	e.cli("snapshot create gold@v1")
+	e.cli("volume template gold")
+	e.cli("volume clone gold@v1 a b")
+	var vms []*qemu.VM
+	for _, name := range []string{"a", "b"} {
+		d := e.disk(name, 1)
+		d.Boot = true
+		vm := e.launch(qemu.Options{Disks: []qemu.Disk{d}})
+		vms = append(vms, vm)
+		e.must(vm.ConsoleHas(e.ctx, guest.GrubGreeting))
+	}
+	for i, vm := range vms {
+		e.must(vm.Reattach(e.ctx))
+		e.guest(vm, fmt.Sprintf("set -e; mount /dev/vda1 /mnt; ls /mnt/vmlinuz; test ! -e /mnt/mine; echo %d >/mnt/mine; umount /mnt", i))
+	}
+	for i, vm := range vms {
+		e.guest(vm, fmt.Sprintf("set -e; mount -o ro /dev/vda1 /mnt; test $(cat /mnt/mine) = %d; umount /mnt", i))
+		e.powerOff(vm)
+	}
+	for _, v := range []string{"gold", "a", "b"} {
+		e.cli("volume check " + v)
+	}
 }
