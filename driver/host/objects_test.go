@@ -271,3 +271,38 @@ func TestBackendConfigRefused(t *testing.T) {
 		}
 	}
 }
+
+// TestStartWithoutADisk: the daemon starts although the directory of a storage daemon
+// is empty (not mounted, say): nothing new is made there, the status says so, and
+// an encrypted volume is read from the other disks.
+func TestStartWithoutADisk(t *testing.T) {
+	c := testConfig(t)
+	c.Cache.Local, c.Cache.Read = 0, 0
+	c.Backend.MasterKeys = filepath.Join(t.TempDir(), "keys")
+	if err := os.WriteFile(c.Backend.MasterKeys, []byte(strings.Repeat("5a", 32)+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h, client := startHost(t, c)
+	asds := objectPool(t, client)
+	if p, err := client.SetPreset(testContext(t), control.Preset{Name: "safe", Policies: []control.Policy{{K: 2, M: 1, C: 2, X: 1}}, Encryption: "aes-256-gcm"}); err != nil || p.Encryption != "aes-256-gcm" {
+		t.Fatalf("preset %+v, %v", p, err)
+	}
+	fill(t, h, 64, 3)
+	await(t, "objects on the disk", func() bool { a, err := client.ASD(testContext(t), asds[2].ID); return err == nil && a.Shards > 0 })
+	stopHost(t, h)
+	away := asds[2].Address + ".away"
+	if err := os.Rename(asds[2].Address, away); err != nil {
+		t.Fatal(err)
+	}
+
+	h, client = startHost(t, c)
+	defer stopHost(t, h)
+	verify(t, h, 64, 3)
+	await(t, "the condition", func() bool {
+		st, err := client.Status(testContext(t))
+		return err == nil && len(st.Conditions) == 1 && st.Conditions[0].Code == "asd-down" && strings.Contains(st.Conditions[0].Message, asds[2].ID)
+	})
+	if _, err := os.Stat(filepath.Join(asds[2].Address, "identity")); !os.IsNotExist(err) {
+		t.Fatalf("a new storage daemon was made in place of the missing one: %v", err)
+	}
+}
