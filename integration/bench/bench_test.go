@@ -113,7 +113,7 @@ func TestFlags(t *testing.T) {
 // TestTargetsNameWorkloads: a line of §13 that names a workload which nobody
 // measures would silently be missing from the report.
 func TestTargetsNameWorkloads(t *testing.T) {
-	known := map[string]bool{rowTailRead: true, rowTailWrite: true, rowSustained: true}
+	known := map[string]bool{rowTailRead: true, rowTailWrite: true, rowSnapWrite: true, rowCloneWrite: true, rowSustained: true}
 	for _, w := range workloads() {
 		known[w.name] = true
 	}

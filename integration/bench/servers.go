@@ -64,15 +64,19 @@ func startPeer(ctx context.Context, dir string, size uint64, cpu, pollNs int) (*
 	if err := os.Truncate(file, int64(size)); err != nil {
 		return nil, err
 	}
-	s := &server{name: peerName, socket: filepath.Join(dir, "peer.sock")}
+	return startQSD(ctx, filepath.Join(dir, "peer.sock"), cpu, pollNs,
+		"--blockdev", "driver=file,node-name=f,aio=io_uring,cache.direct=off,filename="+file)
+}
+
+// startQSD starts qemu-storage-daemon with one iothread, and exports the node f of
+// the given arguments.
+func startQSD(ctx context.Context, socket string, cpu, pollNs int, node ...string) (*server, error) {
+	s := &server{name: peerName, socket: socket}
 	os.Remove(s.socket)
+	args := append([]string{"--object", "iothread,id=io,poll-max-ns=" + strconv.Itoa(pollNs)}, node...)
+	args = append(args, "--export", "vhost-user-blk,id=e,node-name=f,writable=on,iothread=io,addr.type=unix,addr.path="+s.socket)
 	var err error
-	s.proc, err = startPinned(cpu, "qemu-storage-daemon",
-		"--object", "iothread,id=io,poll-max-ns="+strconv.Itoa(pollNs),
-		"--blockdev", "driver=file,node-name=f,aio=io_uring,cache.direct=off,filename="+file,
-		"--export", "vhost-user-blk,id=e,node-name=f,writable=on,iothread=io,addr.type=unix,addr.path="+s.socket,
-	)
-	if err != nil {
+	if s.proc, err = startPinned(cpu, "qemu-storage-daemon", args...); err != nil {
 		return nil, fmt.Errorf("%w (Debian and Ubuntu: apt install qemu-system-common)", err)
 	}
 	if err := s.proc.waitFor(ctx, "socket", exists(s.socket)); err != nil {
