@@ -82,8 +82,8 @@
 // Per engine: housekeeper (ticks volumes once a second), populate (at start: the
 // pool's pages, then huge ones).
 // Per volume, only while there is work: ioLoop (spill, sync, seal), upload,
-// admit (writes that wait for room), housekeep (checkpoint, publish, scrub), and
-// one per request that waits. An idle volume has none.
+// admit (writes that wait for room), housekeep (checkpoint, publish, scrub), one
+// that reads map pages ahead, and one per request that waits. An idle volume has none.
 //
 // # Failure
 //

@@ -140,3 +140,6 @@ func (v *Volume) Tick(now time.Time) { v.tick(now) }
 
 // IsNoRoom reports whether background work gave way because the pool is full.
 func IsNoRoom(err error) bool { return errors.Is(err, errNoRoom) }
+
+// MapResident reports whether the map pages of clusters are in memory.
+func (v *Volume) MapResident(first, n uint64) bool { return v.m.Resident(first, n) }

@@ -149,7 +149,31 @@ func (v *Volume) locateOn(ctx context.Context, m *lba.Map, cluster uint64) (lba.
 func (v *Volume) load(ctx context.Context, m *lba.Map, first, n uint64) error {
 	ctx, leave := interruptible(ctx)
 	defer leave()
-	return interrupted(ctx, m.Load(ctx, v.ckpt, first, n))
+	err := m.Load(ctx, v.ckpt, first, n)
+	if err == nil && m == v.m && requestOf(ctx) != nil {
+		v.readMapAhead(first)
+	}
+	return interrupted(ctx, err)
+}
+
+// mapAhead is how many clusters' map pages come in when a request has met one that
+// was missing: 32 pages, for 64 MiB of the volume. A clone begins with none.
+const mapAhead = 32 * lba.LeafClusters
+
+// readMapAhead loads the pages around that of a cluster in the background, for one
+// request at a time. If that fails, whoever needs a page finds out.
+func (v *Volume) readMapAhead(cluster uint64) {
+	if !v.aheadBusy.CompareAndSwap(false, true) {
+		return
+	}
+	if !v.spawn(func() {
+		defer v.aheadBusy.Store(false)
+		if err := v.m.Load(v.ckpt.work, v.ckpt, cluster/mapAhead*mapAhead, mapAhead); err != nil {
+			v.log.Debug().Err(err).Msg("map pages can't be read ahead")
+		}
+	}) {
+		v.aheadBusy.Store(false)
+	}
 }
 
 var bufferPool = sync.Pool{New: func() any { return new([maxRunClusters * block.ClusterSize]byte) }}

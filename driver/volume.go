@@ -72,6 +72,7 @@ type Volume struct {
 	conds      conditions
 	stats      counters
 	seq        seqReader
+	aheadBusy  atomic.Bool // readMapAhead works
 	storeWaits storeWaits
 
 	users      users          // who is inside without a request
