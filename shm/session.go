@@ -262,7 +262,7 @@ func (s *session) await(done <-chan struct{}) error {
 		case <-s.dead:
 			return s.failure()
 		case <-tick.C:
-			if hungUp(s.conn) {
+			if mem.HungUp(s.conn) {
 				return errHangup
 			}
 		}
@@ -274,7 +274,7 @@ func (s *session) await(done <-chan struct{}) error {
 func (s *session) claim(dev block.Device, name string) error {
 	s.writing.Store(&name)
 	for _, other := range s.srv.writers(s, name) {
-		if hungUp(other.conn) {
+		if mem.HungUp(other.conn) {
 			if err := s.await(other.done); err != nil {
 				return err
 			}

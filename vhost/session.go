@@ -383,27 +383,11 @@ func (s *session) await(done <-chan struct{}) error {
 		case <-s.dead:
 			return s.failure()
 		case <-tick.C:
-			if s.hungUp() {
+			if mem.HungUp(s.conn) {
 				return errHangup
 			}
 		}
 	}
-}
-
-// hungUp reports whether the other end of the connection is closed. Any
-// goroutine.
-func (s *session) hungUp() bool {
-	raw, err := s.conn.SyscallConn()
-	if err != nil {
-		return true
-	}
-	hup := false
-	err = raw.Control(func(fd uintptr) {
-		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
-		n, err := unix.Poll(p, 0)
-		hup = err == nil && n > 0 && p[0].Revents&(unix.POLLHUP|unix.POLLRDHUP|unix.POLLERR) != 0
-	})
-	return err != nil || hup
 }
 
 // claim makes this session the volume's writer before its first ring starts. A
@@ -414,7 +398,7 @@ func (s *session) claim() error {
 		return nil
 	}
 	for _, other := range s.ep.others(s) {
-		if other.hungUp() {
+		if mem.HungUp(other.conn) {
 			if err := s.await(other.done); err != nil {
 				return err
 			}

@@ -108,18 +108,11 @@ func (p *Proxy) entry(ctx context.Context, ns, name string, fresh bool) (*entry,
 
 // loadEntry reads an object's manifest from the registry.
 func (p *Proxy) loadEntry(ctx context.Context, n namespace, name string) (*entry, error) {
-	kv, ok, err := p.reg.Get(ctx, alba.ObjectKey(n.ID, name))
+	e, err := p.loadManifest(ctx, n, name)
 	if err != nil {
 		return nil, err
 	}
-	if !ok {
-		return nil, ErrNoObject
-	}
-	m, err := alba.DecodeManifest(kv.Value)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", kv.Key, err)
-	}
-	return p.newEntry(n, m, kv.Revision)
+	return p.newEntry(n, e.m, e.rev)
 }
 
 func (p *Proxy) newEntry(n namespace, m *alba.Manifest, rev int64) (*entry, error) {

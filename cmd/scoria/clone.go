@@ -137,15 +137,9 @@ snapshots of the clone that are older than this still read from them. Interrupti
 command stops the copying; it can be begun again.`,
 		Args: args("[POOL/]VOLUME"), ValidArgsFunction: a.completeVolumes,
 		RunE: func(cmd *cobra.Command, got []string) error {
-			name, err := fullName(got[0])
-			if err != nil {
-				return err
-			}
-			c := a.client()
-			j, err := c.StartFlatten(cmd.Context(), name)
-			if err == nil {
-				j, err = a.await(cmd.Context(), c, j)
-			}
+			j, err := a.runJob(cmd.Context(), got[0], func(c *control.Client, name string) (control.Job, error) {
+				return c.StartFlatten(cmd.Context(), name)
+			})
 			if err != nil {
 				return err
 			}

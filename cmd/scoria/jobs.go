@@ -53,6 +53,20 @@ func percent(j *control.Job) string {
 	return fmt.Sprintf("%d%%", min(max(j.Done, 0), j.Total)*100/j.Total)
 }
 
+// runJob starts a volume's job and follows it to its end.
+func (a *app) runJob(ctx context.Context, volume string, start func(c *control.Client, name string) (control.Job, error)) (control.Job, error) {
+	name, err := fullName(volume)
+	if err != nil {
+		return control.Job{}, err
+	}
+	c := a.client()
+	j, err := start(c, name)
+	if err != nil {
+		return j, err
+	}
+	return a.await(ctx, c, j)
+}
+
 // await follows a job to its end with a bar on the terminal. An interrupt
 // cancels the job and waits for that.
 func (a *app) await(ctx context.Context, c *control.Client, j control.Job) (control.Job, error) {

@@ -254,15 +254,9 @@ so is one that clones read from. One that has snapshots needs --force, which del
 those with it.`,
 		Args: args("[POOL/]VOLUME"), ValidArgsFunction: a.completeVolumes,
 		RunE: func(cmd *cobra.Command, got []string) error {
-			name, err := fullName(got[0])
-			if err != nil {
-				return err
-			}
-			c := a.client()
-			j, err := c.StartDelete(cmd.Context(), name, force)
-			if err == nil {
-				j, err = a.await(cmd.Context(), c, j)
-			}
+			j, err := a.runJob(cmd.Context(), got[0], func(c *control.Client, name string) (control.Job, error) {
+				return c.StartDelete(cmd.Context(), name, force)
+			})
 			if err != nil {
 				return err
 			}
@@ -281,26 +275,20 @@ objects, all checksums and the space accounting. The volume may be in use. The
 exit status is 5 if problems were found. Interrupting the command stops the check.`,
 		Args: args("[POOL/]VOLUME"), ValidArgsFunction: a.completeVolumes,
 		RunE: func(cmd *cobra.Command, got []string) error {
-			name, err := fullName(got[0])
-			if err != nil {
-				return err
-			}
-			c := a.client()
-			j, err := c.StartCheck(cmd.Context(), name)
-			if err == nil {
-				j, err = a.await(cmd.Context(), c, j)
-			}
+			j, err := a.runJob(cmd.Context(), got[0], func(c *control.Client, name string) (control.Job, error) {
+				return c.StartCheck(cmd.Context(), name)
+			})
 			if err != nil {
 				return err
 			}
 			if j.Report == nil {
-				return fmt.Errorf("check of %s ended without a report", name)
+				return fmt.Errorf("check of %s ended without a report", j.Volume)
 			}
 			if err := a.print(j.Report, func(w *tabwriter.Writer) { showReport(w, j.Report) }); err != nil {
 				return err
 			}
 			if n := len(j.Report.Problems); n > 0 {
-				return fmt.Errorf("volume %s: %w (%d)", name, errProblems, n)
+				return fmt.Errorf("volume %s: %w (%d)", j.Volume, errProblems, n)
 			}
 			return nil
 		},

@@ -189,3 +189,18 @@ func DrainEventFD(fd int) (bool, error) {
 	}
 	return false, os.NewSyscallError("read from eventfd", err)
 }
+
+// HungUp reports whether the other end of a connection is closed. Any goroutine.
+func HungUp(conn *net.UnixConn) bool {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return true
+	}
+	hup := false
+	err = raw.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		n, err := unix.Poll(p, 0)
+		hup = err == nil && n > 0 && p[0].Revents&(unix.POLLHUP|unix.POLLRDHUP|unix.POLLERR) != 0
+	})
+	return err != nil || hup
+}
