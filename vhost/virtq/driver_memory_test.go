@@ -1,10 +1,10 @@
 package virtq
 
-import "unsafe"
+import "reflect"
 
 // driverTestMemory returns n bytes that start at a cache line.
 func driverTestMemory(n int) []byte {
 	b := make([]byte, n+driverRingAlign)
-	off := -uintptr(unsafe.Pointer(unsafe.SliceData(b))) % driverRingAlign
+	off := -reflect.ValueOf(b).Pointer() % driverRingAlign
 	return b[off : off+uintptr(n)]
 }
