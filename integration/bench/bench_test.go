@@ -133,7 +133,7 @@ func TestPeer(t *testing.T) {
 		t.Skip("needs two CPUs")
 	}
 	ctx := deadline(t, 2*time.Minute)
-	cfg, err := parseFlags(strings.Fields("-servers qsd -rows (A-write-d32|D-read-d1)$ -rounds 2 -time 20ms -region 8M -o json -shm-dir " + t.TempDir() + " -data-dir " + t.TempDir()))
+	cfg, err := parseFlags(strings.Fields("-servers qsd -rows (A-write-d32|D-read-d1)$ -rounds 2 -time 400ms -region 8M -o json -shm-dir " + t.TempDir() + " -data-dir " + t.TempDir()))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -60,7 +60,7 @@ func TestQcow(t *testing.T) {
 		t.Skip("needs two CPUs")
 	}
 	ctx := deadline(t, 2*time.Minute)
-	cfg, err := parseFlags(strings.Fields("-servers qsd -rounds 1 -time 20ms -o json -shm-dir " + t.TempDir() + " -data-dir " + t.TempDir()))
+	cfg, err := parseFlags(strings.Fields("-servers qsd -rounds 1 -time 100ms -o json -shm-dir " + t.TempDir() + " -data-dir " + t.TempDir()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +77,8 @@ func TestQcow(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{qcowName, qcowPlainName} {
-		if rounds := b.results[rowSnapWrite][name]; len(rounds) != 1 || rounds[0].Ops == 0 {
+		// On a busy machine no write may end within the time that are counted.
+		if rounds := b.results[rowSnapWrite][name]; len(rounds) != 1 || rounds[0].AllOps == 0 {
 			t.Errorf("%s: %+v", name, rounds)
 		}
 	}

@@ -267,8 +267,11 @@ func TestP1CrashWithManyWriters(t *testing.T) {
 		}
 		wg.Wait()
 		fsys.SetHook(nil)
-		for i := range cuts {
-			check(cuts[i], books[i])
+		mu.Lock() // Pebble's own goroutines may still be in the hook
+		taken, bookOf := cuts, books
+		mu.Unlock()
+		for i := range taken {
+			check(taken[i], bookOf[i])
 		}
 		kill, err := fsys.KillClone() // SIGKILL: everything written stays
 		must(t, err)
