@@ -2,6 +2,7 @@ package driver
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/rs/zerolog"
@@ -30,7 +31,10 @@ type Config struct {
 	// BootID changes when the host restarts: a pool file from before is worthless.
 	// Empty means the kernel's.
 	BootID string
-	Log    zerolog.Logger
+	// Ticks, if not nil, makes the housekeeper work at other times than once a second,
+	// too, as if it were then.
+	Ticks <-chan time.Time
+	Log   zerolog.Logger
 }
 
 // VolumeConfig describes a volume to the engine. The registry is where it is kept.

@@ -142,16 +142,18 @@ func (e *Engine) housekeeper() {
 	t := time.NewTicker(time.Second)
 	defer t.Stop()
 	for {
+		var now time.Time
 		select {
 		case <-e.stop:
 			return
-		case now := <-t.C:
+		case now = <-t.C:
 			e.now.Store(now.UnixNano())
-			for _, v := range e.list() {
-				v.tick(now)
-			}
-			e.evict()
+		case now = <-e.cfg.Ticks:
 		}
+		for _, v := range e.list() {
+			v.tick(now)
+		}
+		e.evict()
 	}
 }
 

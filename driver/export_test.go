@@ -9,30 +9,6 @@ import (
 	"scoria/driver/lba"
 )
 
-// Abandon stops the goroutines of an engine whose process is deemed dead, and
-// ends the requests that wait. Its mappings stay, as late stores of it may still
-// come.
-func (e *Engine) Abandon() {
-	for _, v := range e.list() {
-		v.closing.Store(true)
-		v.cancel()
-		for _, p := range v.parked.remove(func(*parkedWrite) bool { return true }) {
-			v.end(p.r, block.ErrClosed)
-		}
-	}
-	select {
-	case <-e.stop:
-		return
-	default:
-	}
-	close(e.stop)
-	e.stopped.Wait()
-	for _, v := range e.list() {
-		v.stopSpawning()
-		v.background.Wait()
-	}
-}
-
 func (v *Volume) Checkpoint(ctx context.Context) error { return v.checkpoint(ctx) }
 
 func (v *Volume) Publish(ctx context.Context) (bool, error) { return v.publish(ctx) }

@@ -18,6 +18,7 @@ import (
 
 	"scoria/alba/vfs"
 	"scoria/driver"
+	"scoria/driver/block"
 	"scoria/driver/control"
 	"scoria/driver/dirstore"
 	"scoria/driver/nbd"
@@ -43,7 +44,8 @@ type Host struct {
 	id      instance
 	volumes *VolumeSet
 	engine  Engine
-	reg     *registry.Embedded
+	reg     Registry
+	parts   Parts
 	objects *objectStore
 	pool    string // the write buffer's file
 	poolLen int64
@@ -67,11 +69,19 @@ type Host struct {
 // control API answers and the sockets of all volumes are there, but for those
 // of awaited volumes: they come when these are open. ctx bounds the start only.
 func Start(ctx context.Context, c Config, version string, log zerolog.Logger) (*Host, error) {
+	return StartOn(ctx, Parts{}, c, version, log)
+}
+
+// StartOn is Start on other parts than this host's own.
+func StartOn(ctx context.Context, p Parts, c Config, version string, log zerolog.Logger) (*Host, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	h := &Host{config: c, version: version, log: log, started: time.Now().UTC().Truncate(time.Second), failed: make(chan error, 4)}
-	if err := h.start(ctx, vfs.OS()); err != nil {
+	if err := p.complete(); err != nil {
+		return nil, err
+	}
+	h := &Host{parts: p, config: c, version: version, log: log, started: time.Now().UTC().Truncate(time.Second), failed: make(chan error, 4)}
+	if err := h.start(ctx, p.FS); err != nil {
 		return nil, errors.Join(err, h.undo())
 	}
 	return h, nil
@@ -120,16 +130,13 @@ func (h *Host) lock(ctx context.Context, fsys vfs.FS) error {
 // openParts opens registry, store and engine, and records that this run has
 // begun.
 func (h *Host) openParts(ctx context.Context, fsys vfs.FS) error {
-	bootID, err := readBootID()
-	if err != nil {
-		return err
-	}
+	var err error
 	if h.id, err = loadInstance(fsys, h.config.DataDir); err != nil {
 		return err
 	}
 	h.log = h.log.With().Str("instance", h.id.ID[:8]).Logger()
-	plan := h.planWriteBuffer(fsys, bootID)
-	if h.reg, err = registry.Open(filepath.Join(h.config.DataDir, "registry.db")); err != nil {
+	plan := h.planWriteBuffer(fsys)
+	if h.reg, err = h.parts.OpenRegistry(filepath.Join(h.config.DataDir, "registry.db")); err != nil {
 		return err
 	}
 	h.undoLater(h.reg.Close)
@@ -142,11 +149,11 @@ func (h *Host) openParts(ctx context.Context, fsys vfs.FS) error {
 		return err
 	}
 	h.undoLater(h.objects.close)
-	h.engine, err = OpenEngine(ctx, driver.Config{
+	h.engine, err = h.parts.OpenEngine(ctx, driver.Config{
 		FS: fsys, DataDir: h.config.DataDir, PoolFile: h.pool, PoolBytes: h.poolLen,
 		CacheBytes: int64(h.config.Cache.Local), ReadCacheBytes: int64(h.config.Cache.Read),
 		SSDCacheBytes: int64(h.config.Cache.SSD), ReserveBytes: int64(h.config.Cache.Reserve),
-		Log: h.log,
+		BootID: h.parts.BootID, Log: h.log,
 	})
 	if err != nil {
 		return err
@@ -163,7 +170,7 @@ func (h *Host) openParts(ctx context.Context, fsys vfs.FS) error {
 		}
 	}
 	// From here on the file counts; before, an unclean end lost nothing new.
-	h.id.BootID, h.id.Clean, h.id.PoolFile = bootID, false, h.pool
+	h.id.BootID, h.id.Clean, h.id.PoolFile = h.parts.BootID, false, h.pool
 	if err := h.id.save(fsys, h.config.DataDir); err != nil {
 		return err
 	}
@@ -173,13 +180,13 @@ func (h *Host) openParts(ctx context.Context, fsys vfs.FS) error {
 }
 
 // planWriteBuffer sets pool and poolLen.
-func (h *Host) planWriteBuffer(fsys vfs.FS, bootID string) poolPlan {
+func (h *Host) planWriteBuffer(fsys vfs.FS) poolPlan {
 	h.poolLen = int64(h.config.WriteBuffer.Size)
 	if h.poolLen == 0 {
 		h.poolLen = defaultWriteBuffer()
 	}
 	dir, why := poolDir(&h.config, fsys, h.poolLen)
-	plan := planPool(h.id, bootID, poolFileName(dir, h.id.ID))
+	plan := planPool(h.id, h.parts.BootID, poolFileName(dir, h.id.ID))
 	h.pool = plan.file
 	if plan.needed {
 		why = "the last run died and left it there"
@@ -393,6 +400,9 @@ func (h *Host) listen(serve func() error) {
 	})
 }
 
+// Devices opens volumes and snapshots as the front ends get them.
+func (h *Host) Devices() block.Opener { return snapshotOpener{h.volumes} }
+
 // Failed yields an error if the daemon can't go on and should be stopped.
 func (h *Host) Failed() <-chan error { return h.failed }
 
@@ -434,7 +444,7 @@ func (h *Host) status(context.Context) control.Status {
 		DataDir: h.config.DataDir, RunDir: h.config.RunDir, PoolFile: h.pool, WriteBuffer: h.poolLen,
 		Stopping: h.stopping, Conditions: append([]control.Condition{}, h.conditions...),
 	}
-	free, err := vfs.OS().Free(h.config.DataDir)
+	free, err := h.parts.FS.Free(h.config.DataDir)
 	if err != nil {
 		st.Conditions = append(st.Conditions, control.Condition{Code: "data-dir", Message: err.Error()})
 	}
