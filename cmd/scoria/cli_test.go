@@ -47,7 +47,7 @@ func (daemon) Status(context.Context) (control.Status, error) {
 }
 
 func (daemon) Pools(context.Context) ([]control.Pool, error) {
-	return []control.Pool{{Name: "default", BlockSize: 512, SCOSize: 64 << 20, Created: created, Volumes: 2}, {Name: "fast", BlockSize: 4096, SCOSize: 4 << 20, Created: created}}, nil
+	return []control.Pool{{Name: "default", Store: "objects", Preset: "default", BlockSize: 512, SCOSize: 64 << 20, Created: created, Volumes: 2}, {Name: "fast", Store: "directory", BlockSize: 4096, SCOSize: 4 << 20, Created: created}}, nil
 }
 
 func (d daemon) Pool(ctx context.Context, name string) (control.Pool, error) {
@@ -61,7 +61,7 @@ func (d daemon) Pool(ctx context.Context, name string) (control.Pool, error) {
 }
 
 func (daemon) CreatePool(_ context.Context, req control.CreatePool) (control.Pool, error) {
-	return control.Pool{Name: req.Name, BlockSize: req.BlockSize, SCOSize: req.SCOSize, Created: created}, nil
+	return control.Pool{Name: req.Name, Store: req.Store, Preset: req.Preset, BlockSize: req.BlockSize, SCOSize: req.SCOSize, Created: created}, nil
 }
 
 func (daemon) DeletePool(_ context.Context, name string) error {
@@ -237,7 +237,7 @@ func TestGoldenOutput(t *testing.T) {
 		{"schedule-delete", "schedule delete vm1", 0},
 		{"pool-list", "pool list", 0},
 		{"pool-show", "pool show fast", 0},
-		{"pool-create", "pool create big --sco-size 256M --block-size 4096", 0},
+		{"pool-create", "pool create big --sco-size 256M --block-size 4096 --store objects", 0},
 		{"pool-delete", "pool delete fast", 0},
 		{"status", "status", 0},
 	} {

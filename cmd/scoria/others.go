@@ -32,7 +32,8 @@ func (a *app) poolCreate() *cobra.Command {
 	}
 	cmd.Flags().Uint32Var(&req.BlockSize, "block-size", 0, "logical block of its volumes in bytes, 512 or 4096 (default: the daemon's)")
 	cmd.Flags().Var(&sco, "sco-size", "size of the objects that its volumes are stored in, 1M to 1G (default: the daemon's)")
-	cmd.Flags().StringVar(&req.Preset, "preset", "", "preset of the object store in which its volumes are kept (default: the directory store); for good")
+	cmd.Flags().StringVar(&req.Store, "store", "", "where its volumes are kept: \"objects\", on storage daemons, or \"directory\" (default: pool.store of\nthe daemon's configuration); for good")
+	cmd.Flags().StringVar(&req.Preset, "preset", "", "preset of the object store that its volumes are kept with; for good (default: \"default\", which is built in)")
 	return cmd
 }
 
@@ -45,9 +46,9 @@ func (a *app) poolList() *cobra.Command {
 				return err
 			}
 			return a.print(pools, func(w *tabwriter.Writer) {
-				row(w, "NAME", "VOLUMES", "BLOCK SIZE", "SCO SIZE")
+				row(w, "NAME", "VOLUMES", "STORE", "PRESET", "BLOCK SIZE", "SCO SIZE")
 				for _, p := range pools {
-					row(w, p.Name, p.Volumes, p.BlockSize, formatSize(uint64(p.SCOSize)))
+					row(w, p.Name, p.Volumes, p.Store, p.Preset, p.BlockSize, formatSize(uint64(p.SCOSize)))
 				}
 			})
 		},
@@ -72,9 +73,9 @@ func showPool(w *tabwriter.Writer, p *control.Pool) {
 	row(w, "volumes", p.Volumes)
 	row(w, "block size", p.BlockSize)
 	row(w, "SCO size", formatSize(uint64(p.SCOSize)))
-	store := "directory"
+	store := p.Store
 	if p.Preset != "" {
-		store = "objects, preset " + p.Preset
+		store += ", preset " + p.Preset
 	}
 	row(w, "store", store)
 	row(w, "created", printTime(p.Created))

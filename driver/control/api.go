@@ -187,15 +187,23 @@ type Pool struct {
 	SCOSize   int64     `json:"sco_size"`
 	Created   time.Time `json:"created"`
 	Volumes   int       `json:"volumes"`
-	Preset    string    `json:"preset,omitempty"` // of the object store; empty: the directory store
+	Store     string    `json:"store"`            // StoreObjects or StoreDirectory
+	Preset    string    `json:"preset,omitempty"` // of the object store
 }
+
+// Kinds of stores in which volumes are kept.
+const (
+	StoreObjects   = "objects"   // storage daemons
+	StoreDirectory = "directory" // files below the data directory
+)
 
 // CreatePool asks for a new pool. Zero values take the daemon's defaults.
 type CreatePool struct {
 	Name      string `json:"name"`
 	BlockSize uint32 `json:"block_size,omitempty"`
 	SCOSize   int64  `json:"sco_size,omitempty"`
-	Preset    string `json:"preset,omitempty"` // of the object store; empty: the directory store
+	Store     string `json:"store,omitempty"`  // StoreObjects or StoreDirectory; empty: StoreObjects with a preset, else the daemon's default
+	Preset    string `json:"preset,omitempty"` // of the object store; empty: the one that is built in
 }
 
 // Status describes the daemon.

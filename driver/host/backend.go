@@ -64,7 +64,7 @@ func (b *backend) Pools(ctx context.Context) ([]control.Pool, error) {
 }
 
 func poolAnswer(r *registry.Pool, volumes int) control.Pool {
-	return control.Pool{Name: r.Name, BlockSize: r.BlockSize, SCOSize: r.SCOSize, Created: r.Created, Volumes: volumes, Preset: r.Preset}
+	return control.Pool{Name: r.Name, BlockSize: r.BlockSize, SCOSize: r.SCOSize, Created: r.Created, Volumes: volumes, Store: poolStore(r), Preset: r.Preset}
 }
 
 func (b *backend) Pool(ctx context.Context, name string) (control.Pool, error) {
@@ -103,12 +103,11 @@ func (b *backend) CreatePool(ctx context.Context, req control.CreatePool) (contr
 	case r.SCOSize < driver.MinSCOBytes || r.SCOSize > driver.MaxSCOBytes || r.SCOSize%driver.MinSCOBytes != 0:
 		return control.Pool{}, control.Errorf(control.CodeInvalid, "pool %s: SCO size %d: must be a multiple of 1 MiB from 1 MiB to 1 GiB", r.Name, r.SCOSize)
 	}
-	if r.Preset != "" {
-		if _, err := b.objects.preset(ctx, r.Preset); err != nil {
-			return control.Pool{}, err
-		}
+	err := b.choosePoolStore(ctx, &r, req.Store)
+	if err != nil {
+		return control.Pool{}, err
 	}
-	_, err := registry.Create(ctx, b.reg, registry.PoolKey(r.Name), r)
+	_, err = registry.Create(ctx, b.reg, registry.PoolKey(r.Name), r)
 	if errors.Is(err, registry.ErrExist) {
 		return control.Pool{}, control.Errorf(control.CodeExists, "pool %s exists already", r.Name)
 	}

@@ -21,6 +21,7 @@ import (
 
 	"scoria/driver"
 	"scoria/driver/cache"
+	"scoria/driver/control"
 	"scoria/shm"
 )
 
@@ -170,6 +171,7 @@ type NBDConfig struct {
 type PoolConfig struct {
 	BlockSize uint32 `toml:"block_size" comment:"Logical block of new pools' volumes in bytes: 512 boots everywhere, or 4096."`
 	SCOSize   Size   `toml:"sco_size" comment:"Size of the objects that new pools' volumes are stored in: 1M to 1G."`
+	Store     string `toml:"store" comment:"Where volumes of new pools are kept, if nothing else is said: \"objects\", on storage\ndaemons (if there is none yet, one is made in data_dir/asd), or \"directory\", as files\nbelow data_dir/store. A pool keeps its kind of store for good."`
 }
 
 // DefaultConfig is what an empty file means.
@@ -183,7 +185,7 @@ func DefaultConfig() Config {
 		Vhost:   VhostConfig{Poll: Duration(50 * time.Microsecond), PollShare: 1},
 		NBD:     NBDConfig{Enabled: true},
 		Shm:     ShmConfig{Enabled: true, Memory: shm.DefaultMemoryBytes, Connections: shm.DefaultMaxConnections, Access: []ShmAccess{}},
-		Pool:    PoolConfig{BlockSize: 512, SCOSize: driver.DefaultSCOBytes},
+		Pool:    PoolConfig{BlockSize: 512, SCOSize: driver.DefaultSCOBytes, Store: control.StoreDirectory},
 		Backend: BackendConfig{RepairAfter: Duration(10 * time.Minute)},
 	}
 }
@@ -277,6 +279,8 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("pool.block_size %d: must be 512 or 4096", c.Pool.BlockSize)
 	case c.Pool.SCOSize < driver.MinSCOBytes || c.Pool.SCOSize > driver.MaxSCOBytes || c.Pool.SCOSize%driver.MinSCOBytes != 0:
 		return fmt.Errorf("pool.sco_size %s: must be a multiple of 1M from 1M to 1G", c.Pool.SCOSize)
+	case c.Pool.Store != control.StoreObjects && c.Pool.Store != control.StoreDirectory:
+		return fmt.Errorf("pool.store %q: must be %s or %s", c.Pool.Store, control.StoreObjects, control.StoreDirectory)
 	case c.Cache.Local > math.MaxInt64 || c.Cache.Read > 1<<40:
 		return fmt.Errorf("cache.read %s: must be at most 1TiB", c.Cache.Read)
 	case c.Cache.SSD != 0 && c.Cache.SSD < cache.MinSSDBytes || c.Cache.SSD > 1<<42:

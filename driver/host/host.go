@@ -230,10 +230,7 @@ func (h *Host) patience(ctx context.Context) (context.Context, context.CancelFun
 
 // prepareRegistry makes the default pool and this node's record.
 func (h *Host) prepareRegistry(ctx context.Context) error {
-	_, err := registry.Create(ctx, h.reg, registry.PoolKey(registry.DefaultPool), registry.Pool{
-		Name: registry.DefaultPool, BlockSize: h.config.Pool.BlockSize, SCOSize: int64(h.config.Pool.SCOSize), Created: h.started,
-	})
-	if err != nil && !errors.Is(err, registry.ErrExist) {
+	if err := h.makeDefaultPool(ctx); err != nil {
 		return err
 	}
 	name, err := os.Hostname()

@@ -65,6 +65,7 @@ type objectStore struct {
 	keeper *repair.Maintainer
 
 	fs       vfs.FS
+	config   *Config
 	security remote.Security
 	host     string
 	log      zerolog.Logger
@@ -91,7 +92,7 @@ func openObjectStore(ctx context.Context, fsys vfs.FS, reg registry.Store, node 
 	if err != nil {
 		return nil, err
 	}
-	o := &objectStore{fs: fsys, security: c.Backend.security(), host: name, first: make(chan struct{}, 1),
+	o := &objectStore{fs: fsys, config: c, security: c.Backend.security(), host: name, first: make(chan struct{}, 1),
 		log: log.With().Str("component", "objects").Logger(), embedded: map[string]*embeddedASD{}}
 	var keys *alba.MasterKeys
 	if c.Backend.MasterKeys != "" {
@@ -136,7 +137,7 @@ func (o *objectStore) dial(_ context.Context, d alba.Device) (asd.Client, error)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.disk == nil {
-		opened, err := disk.Open(o.fs, d.Address, disk.Options{ID: d.ID, Version: "embedded", Log: o.log})
+		opened, err := disk.Open(o.fs, d.Address, disk.Options{ID: d.ID, Version: "embedded", ReserveBytes: o.reserve(d.Address), Log: o.log})
 		if err != nil {
 			return nil, err
 		}

@@ -77,17 +77,10 @@ func worst(t *testing.T, client *control.Client) (disks int, ok bool) {
 	return disks, ok
 }
 
-// fill writes so many pages of 64 KiB from the volume's begin.
+// fill writes so many pages of 64 KiB from the begin of safe/v.
 func fill(t *testing.T, h *Host, pages int, seed byte) {
 	t.Helper()
-	dev, err := h.volumes.Open(testContext(t), "safe/v")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range pages {
-		submitAt(t, dev, block.OpWrite, uint64(i)<<16, page(i, seed))
-	}
-	submitAt(t, dev, block.OpFlush, 0, nil)
+	fillVolume(t, h, "safe/v", pages, seed)
 }
 
 func page(i int, seed byte) []byte {
@@ -120,17 +113,7 @@ func submitAt(t *testing.T, dev block.Device, op block.Op, off uint64, p []byte)
 
 func verify(t *testing.T, h *Host, pages int, seed byte) {
 	t.Helper()
-	dev, err := h.volumes.Open(testContext(t), "safe/v")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := make([]byte, 64<<10)
-	for i := range pages {
-		submitAt(t, dev, block.OpRead, uint64(i)<<16, p)
-		if string(p) != string(page(i, seed)) {
-			t.Fatalf("page %d differs", i)
-		}
-	}
+	verifyVolume(t, h, "safe/v", pages, seed)
 }
 
 // TestObjectPoolSurvivesADisk: a volume of a pool with preset 2+1 on embedded storage

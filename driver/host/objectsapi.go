@@ -146,7 +146,15 @@ func (b *backend) ASD(ctx context.Context, id string) (control.ASD, error) {
 
 // AddASD implements control.ObjectBackend.
 func (b *backend) AddASD(ctx context.Context, req control.AddASD) (control.ASD, error) {
-	o := b.objects
+	id, err := b.objects.add(ctx, req)
+	if err != nil {
+		return control.ASD{}, err
+	}
+	return b.ASD(ctx, id)
+}
+
+// add takes a storage daemon in and returns its ID.
+func (o *objectStore) add(ctx context.Context, req control.AddASD) (string, error) {
 	d := alba.Device{Address: req.Address, Host: req.Host, Rack: req.Rack, Datacentre: req.Datacentre}
 	embedded := filepath.IsAbs(d.Address)
 	if d.Host == "" {
@@ -155,23 +163,23 @@ func (b *backend) AddASD(ctx context.Context, req control.AddASD) (control.ASD, 
 	if embedded {
 		d.Address = filepath.Clean(d.Address)
 		if err := checkASDDir(d.Address); err != nil {
-			return control.ASD{}, err
+			return "", err
 		}
 		if d.Rack == "" {
-			d.Rack = b.config.Backend.Rack
+			d.Rack = o.config.Backend.Rack
 		}
 		if d.Datacentre == "" {
-			d.Datacentre = b.config.Backend.Datacentre
+			d.Datacentre = o.config.Backend.Datacentre
 		}
 	} else if _, _, err := net.SplitHostPort(d.Address); err != nil {
-		return control.ASD{}, control.Errorf(control.CodeInvalid, "storage daemon %q: must be an absolute directory, or HOST:PORT of a scoria-asd", d.Address)
+		return "", control.Errorf(control.CodeInvalid, "storage daemon %q: must be an absolute directory, or HOST:PORT of a scoria-asd", d.Address)
 	}
 	added, err := o.proxy.AddDevice(ctx, d)
 	if err != nil {
 		if embedded && !o.listed(d.Address) {
 			err = errors.Join(err, o.release(d.Address))
 		}
-		return control.ASD{}, objectError(err)
+		return "", objectError(err)
 	}
 	o.proxy.Fleet().Poll(ctx)
 	select {
@@ -179,7 +187,7 @@ func (b *backend) AddASD(ctx context.Context, req control.AddASD) (control.ASD, 
 	default:
 	}
 	o.log.Info().Str("asd", added.ID).Str("address", added.Address).Msg("storage daemon added")
-	return b.ASD(ctx, added.ID)
+	return added.ID, nil
 }
 
 // listed says whether a storage daemon at the address is in use.

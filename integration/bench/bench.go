@@ -366,8 +366,8 @@ func (b *bench) newScoriad(name string, poll time.Duration, buffer int64) (*scor
 			return nil, err
 		}
 	}
-	text := fmt.Sprintf("data_dir = %q\nrun_dir = %q\n[write_buffer]\nsize = \"%d\"\n[vhost]\nworkers = 1\npoll = %q\n",
-		d.data, d.run, buffer, poll)
+	text := fmt.Sprintf("data_dir = %q\nrun_dir = %q\n[write_buffer]\nsize = \"%d\"\n[vhost]\nworkers = 1\npoll = %q\n[pool]\nstore = %q\n",
+		d.data, d.run, buffer, poll, b.cfg.store)
 	if err := os.WriteFile(d.config, []byte(text), 0o644); err != nil {
 		return nil, err
 	}

@@ -34,6 +34,7 @@ type config struct {
 	idleVolumes          int
 	syntheticMap         string
 	scoriadArgs          []string
+	store                string
 }
 
 var errUsage = errors.New("usage")
@@ -78,6 +79,7 @@ func parseFlags(args []string) (*config, error) {
 	fs.DurationVar(&c.sustained, "sustained", 12*time.Second, "length of the sustained random write, the first half not measured")
 	fs.IntVar(&c.idleVolumes, "idle-volumes", 1000, "attached volumes of the idle rows")
 	fs.StringVar(&c.syntheticMap, "synthetic-map", "", "shell command that maps 1 TiB in volume $VOLUME of the stopped daemon with configuration file $CONFIG (data directory $DATA)")
+	fs.StringVar(&c.store, "store", "directory", "where Scoria keeps volumes: objects or directory")
 	fs.StringVar(&extra, "scoriad-args", "", "further arguments of scoriad, separated by spaces")
 	if err := fs.Parse(args); err != nil {
 		return nil, errUsage
