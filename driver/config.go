@@ -105,6 +105,8 @@ type Stats struct {
 	SpilledBytes    uint64 `json:"spilled_bytes"`     // written to the local disk by the log
 	ScrubbedBytes   uint64 `json:"scrubbed_bytes"`    // rewritten by the scrubber
 	ReclaimedBytes  uint64 `json:"reclaimed_bytes"`   // given back by deleting SCOs
+	UploadedBytes   uint64 `json:"uploaded_bytes"`    // put into the store, linked files included
+	BufferBytes     uint64 `json:"buffer_bytes"`      // of the write buffer, in chunks that the local disk does not have
 	StoreReadBytes  uint64 `json:"store_read_bytes"`  // partial reads through the store
 	ReadCacheHits   uint64 `json:"read_cache_hits"`   // clusters
 	ReadCacheMisses uint64 `json:"read_cache_misses"` // clusters

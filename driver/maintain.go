@@ -31,12 +31,12 @@ const (
 const exemptShare = 0.5
 
 // mustThrottle reports whether writes have to go through the queue: somebody
-// waits already, or the pool is so full that they are slowed down.
-func (v *Volume) mustThrottle() bool {
+// waits already, or they have a pace to keep (mayThrottle) and are ahead of it.
+func (v *Volume) mustThrottle(paced bool) bool {
 	if v.parked.busy.Load() {
 		return true // whoever waits comes first
 	}
-	return v.mayThrottle() && v.pace.ahead(time.Now()) > maxAhead
+	return paced && v.pace.ahead(time.Now()) > maxAhead
 }
 
 // mayThrottle reports whether writes have a pace to keep.

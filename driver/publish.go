@@ -143,8 +143,12 @@ func (c *checkpoints) put(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	return v.cfg.Store.Put(ctx, v.namespace(), name, v.cfg.Epoch,
+	err = v.cfg.Store.Put(ctx, v.namespace(), name, v.cfg.Epoch,
 		Object{Data: localFile{v.eng.cfg.FS, path}, Size: info.Size(), LocalPath: path})
+	if err == nil {
+		v.stats.uploaded.Add(uint64(info.Size()))
+	}
+	return err
 }
 
 // doom marks SCOs as those that only have to be deleted yet, and returns those

@@ -228,6 +228,7 @@ func (v *Volume) uploadOne(m *scoMeta) error {
 	if err != nil {
 		return err
 	}
+	v.stats.uploaded.Add(uint64(m.size))
 	v.metaMu.Lock()
 	m.uploaded = true
 	gone := m.dropping

@@ -51,6 +51,14 @@ func TestSpace(t *testing.T) {
 				}
 			}
 			r.rest()
+			st := r.vol.Stats()
+			if st.UploadedBytes < st.Space.Store || st.Space.Store == 0 {
+				t.Errorf("%d bytes are in the store, %d have been put there", st.Space.Store, st.UploadedBytes)
+			}
+			r.must(r.write(0, 1, 0))
+			if held := r.vol.Stats().BufferBytes; held == 0 || held > uint64(r.pool) {
+				t.Errorf("right after a write %d bytes of the write buffer are in use, of %d", held, r.pool)
+			}
 			live := int64(r.vol.Stats().Space.Live)
 			limit := live*13/10 + r.pool + 6*r.cfg.SCOBytes
 			local, stored := r.storedBytes("data/volumes"), r.storedBytes("data/store")

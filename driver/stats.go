@@ -22,6 +22,8 @@ func (v *Volume) Stats() Stats {
 	s.SpilledBytes = v.stats.spilled.Load()
 	s.ScrubbedBytes = v.stats.scrubbed.Load()
 	s.ReclaimedBytes = v.stats.reclaimed.Load()
+	s.UploadedBytes = v.stats.uploaded.Load()
+	s.BufferBytes = uint64(v.dirtyChunks.Load()) * chunkBytes
 	s.StoreReadBytes = v.stats.storeRead.Load()
 	s.ReadCacheHits = v.stats.cacheHits.Load()
 	s.ReadCacheMisses = v.stats.cacheMisses.Load()

@@ -270,6 +270,7 @@ type counters struct {
 	spilled        atomic.Uint64
 	scrubbed       atomic.Uint64
 	reclaimed      atomic.Uint64
+	uploaded       atomic.Uint64
 	storeRead      atomic.Uint64
 	cacheHits      atomic.Uint64
 	cacheMisses    atomic.Uint64

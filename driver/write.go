@@ -25,7 +25,8 @@ func (v *Volume) submitWrites(batch []*block.Request) {
 	var bytes uint64
 	var inlined uint32 // clusters
 	v.lastWrite.Store(v.eng.now.Load())
-	throttled := v.mustThrottle()
+	paced := v.mayThrottle()
+	throttled := v.mustThrottle(paced)
 	v.gate.RLock()
 	info := v.info.Load() // the size shrinks with the gate closed only
 	for i, r := range batch {
@@ -61,7 +62,7 @@ func (v *Volume) submitWrites(batch []*block.Request) {
 		v.answer(r, err)
 	}
 	v.gate.RUnlock()
-	if inlined > 0 && v.mayThrottle() {
+	if inlined > 0 && paced {
 		v.charge(inlined)
 	}
 	v.stats.ops[block.OpWrite].add(uint64(len(batch)), bytes)

@@ -153,7 +153,7 @@ func (b *bench) measure(ctx context.Context) {
 		name string
 		do   func(context.Context) error
 	}{
-		{rowSnapshot, b.measureSnapshot}, {rowChain, b.measureChain}, {rowCopy, b.measureCopy}, {rowSustained, b.measureSustained}, {rowNeighbour, b.measureNeighbour}, {rowIdle, b.measureIdle}, {rowRestart, b.measureRestart}, {rowRestartTiB, b.measureRestartTiB},
+		{rowSnapshot, b.measureSnapshot}, {rowChain, b.measureChain}, {rowCopy, b.measureCopy}, {rowSustained, b.measureSustained}, {rowScrub, b.measureScrub}, {rowNeighbour, b.measureNeighbour}, {rowIdle, b.measureIdle}, {rowRestart, b.measureRestart}, {rowRestartTiB, b.measureRestartTiB},
 	} {
 		if b.wants(row.name) && ctx.Err() == nil {
 			b.fail(row.name, row.do(ctx))

@@ -31,6 +31,8 @@ type config struct {
 	peerPoll             time.Duration
 	poll                 time.Duration
 	sustained            time.Duration
+	scrub                time.Duration
+	scrubVolume          int64
 	idleVolumes          int
 	syntheticMap         string
 	scoriadArgs          []string
@@ -55,13 +57,13 @@ func (b bytesFlag) Set(s string) (err error) {
 }
 
 func parseFlags(args []string) (*config, error) {
-	c := &config{burst: 2 << 30, buffer: 4 << 30, region: 256 << 20}
+	c := &config{burst: 2 << 30, buffer: 4 << 30, region: 256 << 20, scrubVolume: 2 << 30}
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	var rows, servers, extra string
 	var quick bool
 	fs.IntVar(&c.rounds, "rounds", 5, "alternating rounds")
 	fs.DurationVar(&c.seconds, "time", time.Second, "length of one measurement")
-	fs.BoolVar(&quick, "quick", false, "2 rounds of 300ms, 100 idle volumes, 4s of sustained writes")
+	fs.BoolVar(&quick, "quick", false, "2 rounds of 300ms, 100 idle volumes, 4s of sustained writes and of overwriting")
 	fs.StringVar(&rows, "rows", "", "regular expression: which rows (see -list)")
 	fs.BoolVar(&c.list, "list", false, "print the rows' names and end")
 	fs.StringVar(&servers, "servers", scoriaName+","+peerName, "which servers")
@@ -77,6 +79,8 @@ func parseFlags(args []string) (*config, error) {
 	fs.DurationVar(&c.peerPoll, "peer-poll", time.Millisecond, "the longest that the peer's iothread polls, in placement A")
 	fs.DurationVar(&c.poll, "poll", 100*time.Microsecond, "how long Scoria polls, in placement A")
 	fs.DurationVar(&c.sustained, "sustained", 12*time.Second, "length of the sustained random write, the first half not measured")
+	fs.DurationVar(&c.scrub, "scrub", 10*time.Second, "length of each of the two overwrites of the scrubber's row")
+	fs.Var(bytesFlag{&c.scrubVolume}, "scrub-volume", "size of the scrubber's volume")
 	fs.IntVar(&c.idleVolumes, "idle-volumes", 1000, "attached volumes of the idle rows")
 	fs.StringVar(&c.syntheticMap, "synthetic-map", "", "shell command that maps 1 TiB in volume $VOLUME of the stopped daemon with configuration file $CONFIG (data directory $DATA)")
 	fs.StringVar(&c.store, "store", "directory", "where Scoria keeps volumes: objects or directory")
@@ -85,7 +89,7 @@ func parseFlags(args []string) (*config, error) {
 		return nil, errUsage
 	}
 	if quick {
-		c.rounds, c.seconds, c.idleVolumes, c.sustained = 2, 300*time.Millisecond, 100, 4*time.Second
+		c.rounds, c.seconds, c.idleVolumes, c.sustained, c.scrub = 2, 300*time.Millisecond, 100, 4*time.Second, 4*time.Second
 	}
 	c.scoriadArgs = strings.Fields(extra)
 	return c, c.check(fs, rows, servers)
@@ -109,6 +113,8 @@ func (c *config) check(fs *flag.FlagSet, rows, servers string) (err error) {
 		return fmt.Errorf("-o %q: must be table or json", c.output)
 	case c.rounds < 1 || c.seconds < 10*time.Millisecond:
 		return fmt.Errorf("-rounds %d -time %v: must be at least 1 and 10ms", c.rounds, c.seconds)
+	case c.scrub <= 0 || c.scrubVolume < 64<<20:
+		return fmt.Errorf("-scrub %v -scrub-volume %v: must be positive and at least 64M", c.scrub, bytesFlag{&c.scrubVolume})
 	case runtime.NumCPU() < 2:
 		return errors.New("two CPUs are needed: one for the client, one for the server")
 	case c.clientCPU == c.serverCPU:

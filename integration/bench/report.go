@@ -105,7 +105,7 @@ func listRows(w io.Writer) error {
 	for _, j := range shmJobs() {
 		fmt.Fprintln(w, j.name())
 	}
-	_, err := fmt.Fprintln(w, strings.Join([]string{rowTailWrite, rowTailRead, rowSnapWrite, rowCloneWrite, rowSnapshot, rowChain, rowCopy, rowSustained, rowNeighbour, rowIdle, rowRestart, rowRestartTiB}, "\n"))
+	_, err := fmt.Fprintln(w, strings.Join([]string{rowTailWrite, rowTailRead, rowSnapWrite, rowCloneWrite, rowSnapshot, rowChain, rowCopy, rowSustained, rowScrub, rowNeighbour, rowIdle, rowRestart, rowRestartTiB}, "\n"))
 	return err
 }
 
