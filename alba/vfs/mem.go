@@ -74,7 +74,7 @@ type Mem struct {
 	capacity int64 // bytes; 0: no limit
 	used     int64 // bytes in pages of files that are named or open
 	rng      *rand.Rand
-	hook     atomic.Pointer[func(Op, string) error]
+	hook     atomic.Pointer[hook]
 }
 
 // NewMem returns an empty file system without a limit of capacity.
@@ -88,12 +88,55 @@ func NewMem() *Mem {
 // was unsynced at random, for good, as Linux does. A SyncDir that fails so leaves
 // the names undecided; a file system that can't write its names goes read-only,
 // which a hook that keeps failing shows.
+//
+// Calls of other goroutines may be in the hook that was set before: SetHook returns
+// when they have left it, so that whatever it has noted may then be read without a
+// lock. A hook must therefore not call SetHook, nor wait for its caller.
 func (m *Mem) SetHook(fn func(op Op, name string) error) {
-	if fn == nil {
-		m.hook.Store(nil)
-		return
+	var next *hook
+	if fn != nil {
+		next = &hook{fn: fn}
+		next.left.L = &next.mu
 	}
-	m.hook.Store(&fn)
+	if old := m.hook.Swap(next); old != nil {
+		old.retire()
+	}
+}
+
+// hook is what SetHook has set, with the number of calls that are in it.
+type hook struct {
+	fn      func(op Op, name string) error
+	mu      sync.Mutex
+	left    sync.Cond // a call has left
+	inside  int
+	retired bool
+}
+
+// retire lets no call in any more and waits for those that are inside.
+func (h *hook) retire() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.retired = true
+	for h.inside > 0 {
+		h.left.Wait()
+	}
+}
+
+// enter reports whether a call may run fn; then it must leave.
+func (h *hook) enter() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.retired {
+		h.inside++
+	}
+	return !h.retired
+}
+
+func (h *hook) leave() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.inside--
+	h.left.Broadcast()
 }
 
 // SetCapacity limits the room for file contents, in bytes rounded down to 4 KiB;
@@ -136,8 +179,11 @@ func (m *Mem) Corrupt(name string, off int64) error {
 
 // runHook asks the hook, if there is one.
 func (m *Mem) runHook(op Op, name string) error {
-	if fn := m.hook.Load(); fn != nil {
-		return pathError(op.String(), name, (*fn)(op, name))
+	for h := m.hook.Load(); h != nil; h = m.hook.Load() {
+		if h.enter() {
+			defer h.leave()
+			return pathError(op.String(), name, h.fn(op, name))
+		}
 	}
 	return nil
 }

@@ -279,6 +279,50 @@ func TestHook(t *testing.T) {
 	}
 }
 
+// TestSetHookWaits: when SetHook returns nobody is in the hook that was set before
+// any more, and nobody enters it, so that what it noted can be read.
+func TestSetHookWaits(t *testing.T) {
+	m := NewMem()
+	inside, goOn := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	calls := 0 // a data race if SetHook does not wait
+	var mu sync.Mutex
+	m.SetHook(func(Op, string) error {
+		once.Do(func() {
+			close(inside)
+			<-goOn
+		})
+		mu.Lock()
+		defer mu.Unlock()
+		calls++
+		return nil
+	})
+	var others sync.WaitGroup
+	others.Go(func() { _ = m.MkdirAll("first") })
+	<-inside
+	for i := range 4 {
+		others.Go(func() {
+			for j := range 50 {
+				_ = m.MkdirAll(fmt.Sprintf("d%d-%d", i, j))
+			}
+		})
+	}
+	removed := make(chan struct{})
+	go func() { m.SetHook(nil); close(removed) }()
+	select {
+	case <-removed:
+		t.Error("SetHook returned while a call was in the hook")
+	default:
+	}
+	close(goOn)
+	<-removed
+	seen := calls
+	others.Wait()
+	if calls != seen || seen == 0 {
+		t.Errorf("%d calls when the hook was removed, %d later", seen, calls)
+	}
+}
+
 func TestCapacity(t *testing.T) {
 	m := NewMem()
 	m.SetCapacity(10 * 4096)
@@ -412,7 +456,7 @@ func TestKillIsConsistentCut(t *testing.T) {
 				}
 			})
 		}
-		for deadline := time.Now().Add(20 * time.Second); turn.Load() < 10; runtime.Gosched() {
+		for deadline := time.Now().Add(2 * time.Minute); turn.Load() < 10; runtime.Gosched() {
 			if time.Now().After(deadline) {
 				panic("the writers don't move")
 			}

@@ -171,6 +171,7 @@ func killAt(t *testing.T, seed uint64, at, calls int, open func(fsys vfs.FS) (dr
 		return nil
 	})
 	runErr := script(s, p, rand.New(rand.NewPCG(seed, 0)), calls)
+	m.SetHook(nil)
 	must(t, err)
 	if clone == nil || p.pendingEpoch == 0 {
 		return // the end, or not even the namespace was there
