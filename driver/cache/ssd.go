@@ -41,11 +41,13 @@ type ssdEntry struct {
 	used     bool
 }
 
-// batch collects clusters for one write.
+// batch collects clusters for one write. Whoever fills it has batchMu, and the writer
+// looks at keys and dropped with mu held; drop has both.
 type batch struct {
-	keys [batchClusters]Key
-	n    int
-	data []byte
+	keys    [batchClusters]Key
+	dropped [batchClusters]bool // their volume was, meanwhile
+	n       int
+	data    []byte
 }
 
 // ssd is the tier on a file.
@@ -63,6 +65,7 @@ type ssd struct {
 	idle    chan *batch
 	ready   chan *batch // as many as there are batches, so that sending never waits
 	done    chan struct{}
+	batches [batchCount]*batch
 	memory  array[byte] // of batches and buffers
 
 	buffers chan []byte // aligned for direct I/O
@@ -146,8 +149,9 @@ func newSSD(f vfs.File, slots uint32, seed uint64) (*ssd, error) {
 		return nil, err
 	}
 	mem := t.memory.s
-	for range batchCount {
-		t.idle <- &batch{data: mem[:batchBytes]}
+	for i := range t.batches {
+		t.batches[i] = &batch{data: mem[:batchBytes]}
+		t.idle <- t.batches[i]
 		mem = mem[batchBytes:]
 	}
 	for range readBuffers {
@@ -204,7 +208,7 @@ func (t *ssd) offer(k Key, data []byte) {
 		}
 	}
 	b := t.filling
-	b.keys[b.n] = k
+	b.keys[b.n], b.dropped[b.n] = k, false
 	copy(b.data[b.n*ClusterBytes:], data)
 	if b.n++; b.n == batchClusters {
 		t.ready <- b
@@ -251,8 +255,8 @@ func (t *ssd) writeBatch(b *batch) {
 	defer t.mu.Unlock()
 	for i, k := range b.keys {
 		hash := hashKey(k, t.seed)
-		if t.find(k, hash) != none {
-			continue // twice in one batch, or in two that waited
+		if b.dropped[i] || t.find(k, hash) != none {
+			continue // forgotten, or twice in one batch or in two that waited
 		}
 		slot := first + uint32(i)
 		bucket := t.bucket(hash)
@@ -366,10 +370,11 @@ func (t *ssd) failed(op string, err error) {
 	t.off.Store(true)
 }
 
-// drop forgets a volume's clusters.
+// drop forgets a volume's clusters, also those on their way to the SSD.
 func (t *ssd) drop(tag uint32) {
 	t.life.RLock()
 	defer t.life.RUnlock()
+	t.dropWaiting(tag)
 	for from := 0; from < len(t.entries.s); from += dropSteps {
 		t.mu.Lock()
 		for i := from; i < min(from+dropSteps, len(t.entries.s)); i++ {
@@ -378,6 +383,20 @@ func (t *ssd) drop(tag uint32) {
 			}
 		}
 		t.mu.Unlock()
+	}
+}
+
+func (t *ssd) dropWaiting(tag uint32) {
+	t.batchMu.Lock()
+	defer t.batchMu.Unlock()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, b := range t.batches {
+		for i, k := range b.keys {
+			if k.Volume == tag {
+				b.dropped[i] = true
+			}
+		}
 	}
 }
 

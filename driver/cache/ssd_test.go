@@ -2,6 +2,7 @@ package cache
 
 import (
 	"errors"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -143,6 +144,45 @@ func TestSSDDropsUnderPressure(t *testing.T) {
 	close(block)
 }
 
+// TestDropOnTheWayToTheSSD: clusters of a volume that is dropped while the writer has
+// them do not come back when they are written.
+func TestDropOnTheWayToTheSSD(t *testing.T) {
+	m := vfs.NewMem()
+	c := newCache(t, slots(4))
+	must(t, c.AttachSSD(m, "ssd", 4<<20))
+	writing, goOn := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	m.SetHook(func(op vfs.Op, _ string) error {
+		if op == vfs.OpWrite {
+			once.Do(func() { close(writing) })
+			<-goOn
+		}
+		return nil
+	})
+	warm(c, 400)
+	eventually("the writer has a batch", func() bool { // others wait, and one is being filled
+		select {
+		case <-writing:
+			return true
+		default:
+			return false
+		}
+	})
+	c.DropVolume(1)
+	close(goOn)
+	eventually("writing", func() bool {
+		evictAll(c)
+		return c.Stats().SSD.Written >= batchCount*batchClusters
+	})
+	m.SetHook(nil)
+	dst := make([]byte, ClusterBytes)
+	for i := range uint64(400) {
+		if c.Load(Key{1, i}, dst) {
+			t.Fatalf("dropped cluster %d came back", i)
+		}
+	}
+}
+
 func TestSSDNeedsRoom(t *testing.T) {
 	m := vfs.NewMem()
 	m.SetCapacity(1 << 20)
@@ -161,7 +201,9 @@ func TestSSDNeedsRoom(t *testing.T) {
 
 func TestSSDOnHost(t *testing.T) {
 	c := newCache(t, slots(4))
-	must(t, c.AttachSSD(vfs.OS(), t.TempDir()+"/ssd", MinSSDBytes))
+	// It has room for all that warm pushes out of RAM: on a smaller one a quick disk
+	// has written others over the first ones before they are looked for.
+	must(t, c.AttachSSD(vfs.OS(), t.TempDir()+"/ssd", 4<<20))
 	dst := make([]byte, ClusterBytes)
 	eventually("a hit on the SSD", func() bool {
 		warm(c, 100)
