@@ -114,7 +114,8 @@ func TestP5DamagedTable(t *testing.T) {
 	must(t, d.Close())
 	size, name := largestTable(t, fsys)
 	found := 0
-	for off := int64(0); off < size; off += size / 40 {
+	const footer = 64 // at most; some of its bytes say nothing, and their damage does none
+	for off := int64(0); off < size-footer; off += size / 40 {
 		cut, err := fsys.CrashClone(rand.New(rand.NewPCG(1, 1))).KillClone()
 		must(t, err)
 		must(t, cut.Corrupt(name, off))
