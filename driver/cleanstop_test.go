@@ -61,7 +61,7 @@ func TestP10RootOfACleanStopReachesTheStore(t *testing.T) {
 // TestCloseOfAnUnchangedVolumeWritesNothing: stopping a thousand idle volumes must
 // not cost a thousand checkpoints.
 func TestCloseOfAnUnchangedVolumeWritesNothing(t *testing.T) {
-	r := newRig(t, rand.New(rand.NewPCG(3, 2)), 1024, 8).create()
+	r := newStillRig(t, rand.New(rand.NewPCG(3, 2)), 1024, 8).create()
 	r.close() // never written to
 	if names := r.mapFiles(); len(names) > 0 {
 		t.Fatalf("closing an empty volume wrote %q", names)

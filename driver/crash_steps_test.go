@@ -3,6 +3,7 @@ package driver_test
 import (
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"testing"
 
 	"scoria/alba/vfs"
@@ -99,9 +100,12 @@ func TestP2PowerLossWhileSealing(t *testing.T) {
 				r.vol.WaitSealed()
 			}
 			cut := r.clock.Add(1)
+			var mu sync.Mutex
 			var moments []moment
 			fsys := r.fs
 			fsys.SetHook(func(op vfs.Op, file string) error {
+				mu.Lock()
+				defer mu.Unlock()
 				if !strings.HasSuffix(file, ".sco") || op == vfs.OpRead || len(moments) > 40 {
 					return nil
 				}
@@ -158,12 +162,15 @@ func TestP1P2PowerLossInSmallFlushes(t *testing.T) {
 	t.Logf("SCORIA_SEED=%d", seed)
 	rng := rand.New(rand.NewPCG(seed, 2))
 	r := newRig(t, rng, 256, 4).create()
+	var mu sync.Mutex
 	var moments []moment
 	fsys := r.fs
 	fsys.SetHook(func(op vfs.Op, file string) error {
 		if !strings.HasSuffix(file, ".sco") || op == vfs.OpRead {
 			return nil
 		}
+		mu.Lock()
+		defer mu.Unlock()
 		m := moment{at: r.clock.Add(1)}
 		for range raced(8, 3) {
 			m.clones = append(m.clones, fsys.CrashClone(rng))

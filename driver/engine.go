@@ -57,6 +57,12 @@ type Engine struct {
 // the pool of a daemon that died (Pending) should be opened soon: their chunks
 // are taken until then.
 func OpenEngine(_ context.Context, cfg Config) (*Engine, error) {
+	return openEngine(cfg, time.NewTicker(time.Second).C)
+}
+
+// openEngine is OpenEngine with the housekeeper's clock: it ticks all volumes when
+// ticks delivers.
+func openEngine(cfg Config, ticks <-chan time.Time) (*Engine, error) {
 	if cfg.BootID == "" {
 		b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 		if err != nil {
@@ -86,7 +92,7 @@ func OpenEngine(_ context.Context, cfg Config) (*Engine, error) {
 	e.nice.probe()
 	e.now.Store(time.Now().UnixNano())
 	e.stopped.Add(2)
-	go e.housekeeper()
+	go e.housekeeper(ticks)
 	go e.populate()
 	return e, nil
 }
@@ -137,16 +143,14 @@ func (e *Engine) eachStep(do func(b []byte) bool) {
 }
 
 // housekeeper ticks all volumes once a second.
-func (e *Engine) housekeeper() {
+func (e *Engine) housekeeper(ticks <-chan time.Time) {
 	defer e.stopped.Done()
-	t := time.NewTicker(time.Second)
-	defer t.Stop()
 	for {
 		var now time.Time
 		select {
 		case <-e.stop:
 			return
-		case now = <-t.C:
+		case now = <-ticks:
 			e.now.Store(now.UnixNano())
 		case now = <-e.cfg.Ticks:
 		}

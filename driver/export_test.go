@@ -9,14 +9,19 @@ import (
 	"scoria/driver/lba"
 )
 
+// OpenStillEngine opens an engine whose housekeeper never ticks: what its volumes do
+// beside their requests a test has them do, when it wants that.
+func OpenStillEngine(cfg Config) (*Engine, error) { return openEngine(cfg, nil) }
+
 func (v *Volume) Checkpoint(ctx context.Context) error { return v.checkpoint(ctx) }
 
 func (v *Volume) Publish(ctx context.Context) (bool, error) { return v.publish(ctx) }
 
-// WaitSealed spills and seals whatever is closed and uploads it.
+// WaitSealed spills and seals whatever is closed and uploads it. It reports whether
+// that could be done; it gives up when the volume has failed or is another's.
 func (v *Volume) WaitSealed() bool {
-	for range 2000 {
-		if v.ctx.Err() != nil {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if v.ctx.Err() != nil || v.failed.Load() || v.fenced.Load() {
 			return false
 		}
 		v.kickIO()
@@ -33,7 +38,6 @@ func (v *Volume) WaitSealed() bool {
 		if done {
 			return true
 		}
-		time.Sleep(time.Millisecond)
 	}
 	return false
 }

@@ -41,7 +41,7 @@ func (r *rig) objects() []string {
 func TestP4StaleOwner(t *testing.T) {
 	ctx := context.Background()
 	prepare := func(t *testing.T) *rig {
-		r := newRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
+		r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
 		r.must(r.write(0, 600, 0))
 		r.must(r.vol.Checkpoint(ctx))
 		r.vol.WaitSealed()

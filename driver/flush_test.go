@@ -150,7 +150,7 @@ func TestP1FUA(t *testing.T) {
 // TestP1FlushesShareSyncs: flushes that wait at the same time are served by one
 // sync, and a flush with nothing to do costs none.
 func TestP1FlushesShareSyncs(t *testing.T) {
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
+	r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
 	r.must(r.write(0, 1, 0))
 	r.must(r.flush())
 	var syncs atomic.Int64

@@ -37,7 +37,7 @@ func TestTenThousandSnapshots(t *testing.T) {
 	if testing.Short() || raced(0, 1) == 1 {
 		count = 500
 	}
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), 512, 16)
+	r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), 512, 16)
 	counting := &readCounter{}
 	r.wrap = func(s driver.Store) driver.Store { counting.Store = s; return counting }
 	r.create()

@@ -3,7 +3,6 @@ package driver_test
 import (
 	"math/rand/v2"
 	"testing"
-	"time"
 
 	"scoria/driver/lba"
 )
@@ -13,7 +12,7 @@ import (
 // on the disk.
 func TestMapPagesAreReadAhead(t *testing.T) {
 	const leaves = 64
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), leaves*lba.LeafClusters, 8)
+	r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), leaves*lba.LeafClusters, 8)
 	r.create()
 	for leaf := range uint64(leaves) {
 		r.must(r.write(leaf*lba.LeafClusters, 1, 0))
@@ -24,11 +23,9 @@ func TestMapPagesAreReadAhead(t *testing.T) {
 		t.Fatal("all map pages are there after an opening")
 	}
 	r.must(r.write(3*lba.LeafClusters, 1, 0))
-	for end := time.Now().Add(time.Minute); !r.vol.MapResident(0, leaves/2*lba.LeafClusters); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the pages around a missing one did not come in")
-		}
-	}
+	eventually(t, "the pages around a missing one have come in", func() bool {
+		return r.vol.MapResident(0, leaves/2*lba.LeafClusters)
+	})
 	if r.vol.MapResident(leaves/2*lba.LeafClusters, leaves/2*lba.LeafClusters) {
 		t.Error("pages far away came in as well")
 	}

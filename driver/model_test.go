@@ -126,7 +126,7 @@ func do(dev block.Device, r *block.Request) error {
 	select {
 	case <-done:
 		return r.Err
-	case <-time.After(30 * time.Second):
+	case <-time.After(2 * time.Minute):
 		buf := make([]byte, 1<<20)
 		panic(fmt.Sprintf("%s at %d does not end\n%s", r.Op, r.Offset, buf[:runtime.Stack(buf, true)]))
 	}
@@ -507,11 +507,12 @@ func stepsUntilPowerLoss(t *testing.T, rng *rand.Rand, fsys *vfs.Mem, eng *drive
 	t.Helper()
 	crashRNG := rand.New(rand.NewPCG(rng.Uint64(), 2))
 	dead := make(chan struct{})
+	var left *vfs.Mem // by the power loss; to be read when dead is closed
 	var calls counter
 	fsys.SetHook(func(op vfs.Op, name string) error {
 		n := calls.next()
 		if n == countdown {
-			clone = fsys.CrashClone(crashRNG)
+			left = fsys.CrashClone(crashRNG)
 			close(dead)
 		}
 		if n >= countdown {
@@ -533,7 +534,7 @@ func stepsUntilPowerLoss(t *testing.T, rng *rand.Rand, fsys *vfs.Mem, eng *drive
 			case <-dead:
 				fsys.Kill()
 				eng.Abandon()
-				return clone
+				return left
 			default:
 			}
 		case <-dead:
@@ -543,9 +544,16 @@ func stepsUntilPowerLoss(t *testing.T, rng *rand.Rand, fsys *vfs.Mem, eng *drive
 			go func() { <-errc; close(ended) }()
 			doomUntil(t, eng, ended)
 			eng.Abandon()
-			return clone
+			return left
 		}
 	}
 	fsys.SetHook(nil)
-	return nil
+	select {
+	case <-dead: // behind the last step
+		fsys.Kill()
+		eng.Abandon()
+		return left
+	default:
+		return nil
+	}
 }

@@ -12,7 +12,7 @@ func TestP9OpeningReadsWhatChanged(t *testing.T) {
 	ctx := context.Background()
 	rng := rand.New(rand.NewPCG(1, 1))
 	for _, before := range []int{1, 20, 100} {
-		r := newRig(t, rng, 2048, 8).create()
+		r := newStillRig(t, rng, 2048, 8).create()
 		for range before {
 			first, n := span(rng, 0, 1500, 400)
 			r.must(r.write(first, n, 0))
@@ -42,7 +42,7 @@ func TestP9OpeningReadsWhatChanged(t *testing.T) {
 // that was closed and published opens elsewhere.
 func TestP10StoreAlone(t *testing.T) {
 	ctx := context.Background()
-	r := newRig(t, rand.New(rand.NewPCG(2, 2)), 2048, 8).create()
+	r := newStillRig(t, rand.New(rand.NewPCG(2, 2)), 2048, 8).create()
 	for i := range uint64(5) {
 		r.must(r.write(i*300, 400, 0))
 		r.must(r.discard(i*200, 30))

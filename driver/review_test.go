@@ -60,7 +60,7 @@ func (s *touchyStore) Delete(ctx context.Context, ns, name string, epoch uint64)
 func newTouchy(t *testing.T, mib uint64) (*rig, *touchyStore) {
 	t.Helper()
 	s := &touchyStore{}
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), mib*256, 8)
+	r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), mib*256, 8)
 	r.wrap = func(inner driver.Store) driver.Store {
 		s.Store = inner
 		return s

@@ -87,7 +87,7 @@ func (r *rig) beganAfter(c, version uint64, at int64) bool {
 // TestP8SnapshotOnAFullDisk: it fails, leaves nothing behind, and works when there
 // is room again.
 func TestP8SnapshotOnAFullDisk(t *testing.T) {
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), 4096, 8)
+	r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), 4096, 8)
 	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 	r.create()
 	ctx := context.Background()
@@ -210,7 +210,7 @@ func TestP5DamagedSnapshotRoot(t *testing.T) {
 // it costs one generation later, and all generations share what they cache.
 func TestDeepChain(t *testing.T) {
 	depth := raced(100, 12)
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), 512, 64).create()
+	r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), 512, 64).create()
 	ctx := context.Background()
 	r.must(r.write(0, 200, 0))
 	volumes := []*driver.Volume{r.vol}
@@ -231,7 +231,9 @@ func TestDeepChain(t *testing.T) {
 	if n := len(volumes[depth].Ancestors()); n != depth {
 		t.Fatalf("%d ancestors, want %d", n, depth)
 	}
-	r.vol.WaitSealed()
+	for _, v := range volumes {
+		v.WaitSealed()
+	}
 	cost := func(v *driver.Volume, c uint64) int64 {
 		var calls atomic.Int64
 		r.fs.SetHook(func(op vfs.Op, name string) error {
