@@ -20,7 +20,7 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the golden files")
 
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 // daemon answers with fixed data.
 type daemon struct {
@@ -144,6 +144,12 @@ func (daemon) CheckVolume(_ context.Context, name string, p control.Progress) (c
 	return r, nil
 }
 
+// TestMain sets the time zone of what is printed before any goroutine asks for the time.
+func TestMain(m *testing.M) {
+	time.Local = time.UTC
+	os.Exit(m.Run())
+}
+
 func serve(t *testing.T) (socket string) {
 	t.Helper()
 	socket = filepath.Join(t.TempDir(), "control.sock")
@@ -183,7 +189,6 @@ func call(t *testing.T, socket string, args ...string) (out, errOut string, code
 // TestGoldenOutput holds what is printed, as a table and as JSON.
 func TestGoldenOutput(t *testing.T) {
 	t.Setenv("TZ", "UTC")
-	time.Local = time.UTC
 	socket := serve(t)
 	for _, tt := range []struct {
 		name string
