@@ -36,7 +36,7 @@ func TestP8CancelFlushOnFullDisk(t *testing.T) {
 		if !errors.Is(err, block.ErrCanceled) {
 			t.Fatalf("ended with %v", err)
 		}
-	case <-time.After(30 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatal("cancel did not end the flush")
 	}
 	w.fs.SetCapacity(0)

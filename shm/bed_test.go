@@ -86,7 +86,7 @@ func soon(t testing.TB) context.Context {
 // hurry waits for something that happens soon.
 func hurry(t testing.TB, what string, done func() bool) {
 	t.Helper()
-	for end := time.Now().Add(30 * time.Second); !done(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); !done(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			buf := make([]byte, 1<<20)
 			t.Fatalf("no %s in time\n%s", what, buf[:runtime.Stack(buf, true)])

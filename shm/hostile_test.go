@@ -34,7 +34,7 @@ func (b *bed) dial(t testing.TB) *raw {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	_ = c.SetDeadline(time.Now().Add(30 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(2 * time.Minute))
 	return &raw{t: t, sock: c}
 }
 
@@ -399,7 +399,7 @@ func vanish(t *testing.T, path string, i int) {
 		return
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(30 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(2 * time.Minute))
 	p := make([]byte, wire.MaxMessage)
 	step := func(typ wire.Type, body []byte) ([]int, bool) {
 		if mem.WriteFull(c, wire.Append(nil, wire.Header{Type: typ, Tag: 1}, body)) != nil {

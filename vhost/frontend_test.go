@@ -25,7 +25,7 @@ const (
 	testMemBytes  = 8 << 20
 	testRingBytes = 64 << 10 // room for one ring
 	testDataAt    = 1 << 20  // data of requests lies from here on
-	testTimeout   = 20 * time.Second
+	testTimeout   = 2 * time.Minute
 )
 
 // hurry fails the test with all stacks if cond does not hold in time.

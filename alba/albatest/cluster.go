@@ -18,7 +18,7 @@ import (
 )
 
 // Deadline bounds every wait of tests.
-const Deadline = 60 * time.Second
+const Deadline = 3 * time.Minute
 
 // Disk is one storage daemon of a Cluster.
 type Disk struct {

@@ -22,7 +22,7 @@ import (
 	"scoria/alba/asd/remote"
 )
 
-const patience = 60 * time.Second
+const patience = 2 * time.Minute
 
 // The test binary is scoria-asd when it is told so.
 func TestMain(m *testing.M) {

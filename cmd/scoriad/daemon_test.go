@@ -18,7 +18,7 @@ import (
 	"scoria/driver/control"
 )
 
-const patience = 60 * time.Second
+const patience = 2 * time.Minute
 
 // The test binary is scoriad when it is told so.
 func TestMain(m *testing.M) {

@@ -59,7 +59,7 @@ func same(b []byte, k Key) bool {
 
 // eventually waits until ok, or fails with all goroutines.
 func eventually(what string, ok func() bool) {
-	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			buf := make([]byte, 1<<20)
 			panic(fmt.Sprintf("cache: %s does not happen\n%s", what, buf[:runtime.Stack(buf, true)]))

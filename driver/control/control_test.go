@@ -21,7 +21,7 @@ import (
 	"scoria/driver/control"
 )
 
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 // backend keeps volumes in a map; check and delete wait until they are let go.
 type backend struct {

@@ -19,7 +19,7 @@ import (
 	"scoria/driver/schedule"
 )
 
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 // fakeEngine keeps volumes in memory and can be made to fail or wait.
 type fakeEngine struct {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -37,6 +38,7 @@ var errCrashed = errors.New("crashed")
 // crasher lets everything fail from a certain step on, as if the daemon had died
 // there.
 type crasher struct {
+	mu    sync.Mutex
 	left  int // steps until then; negative: never
 	steps int // taken so far
 }
@@ -45,6 +47,8 @@ func (c *crasher) step() error {
 	if c == nil {
 		return nil
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.steps++
 	if c.left >= 0 && c.steps > c.left {
 		return errCrashed

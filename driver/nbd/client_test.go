@@ -20,7 +20,7 @@ import (
 )
 
 // patience is how long a wait of a test may take before it counts as a hang.
-const patience = 30 * time.Second
+const patience = 2 * time.Minute
 
 // hang ends the test program with the stacks of all goroutines.
 func hang(what string) {

@@ -84,7 +84,7 @@ func TestP1CommitSurvivesKill(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		watchdog := time.AfterFunc(30*time.Second, func() { cmd.Process.Kill() })
+		watchdog := time.AfterFunc(2*time.Minute, func() { cmd.Process.Kill() })
 		lines := bufio.NewScanner(out)
 		for got := 0; lines.Scan(); got++ {
 			n, err := strconv.Atoi(lines.Text())
@@ -255,7 +255,7 @@ func TestRevisionPersists(t *testing.T) {
 		if ok {
 			t.Fatalf("event %+v of a history that is gone", e)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatal("the watch from a lost revision was not closed")
 	}
 }

@@ -80,7 +80,7 @@ func TestBadReplies(t *testing.T) {
 				}
 				return true
 			})
-			timeout := 20 * time.Second
+			timeout := 2 * time.Minute
 			if errors.Is(test.want, ErrNoReply) {
 				timeout = 50 * time.Millisecond
 			}
@@ -156,7 +156,7 @@ func TestBrokenRing(t *testing.T) {
 	q := c.Queue(0)
 	q.Flush(1)
 	q.Kick()
-	if err := q.Wait(20 * time.Second); err != nil {
+	if err := q.Wait(2 * time.Minute); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := q.Poll(make([]Completion, 1)); !errors.Is(err, virtq.ErrDriverBadUsed) {
@@ -207,7 +207,7 @@ func TestFullQueue(t *testing.T) {
 				}
 				q.Kick()
 				for got := 0; got < n; {
-					if err := q.WaitSeveral(n-got, 20*time.Second); err != nil {
+					if err := q.WaitSeveral(n-got, 2*time.Minute); err != nil {
 						t.Fatal(err)
 					}
 					k, err := q.Poll(out)

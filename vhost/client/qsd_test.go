@@ -68,7 +68,7 @@ func (s *qsd) start() {
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(5 * time.Millisecond) {
 		if _, err := os.Stat(s.socket); err == nil {
 			return
 		}
@@ -124,7 +124,7 @@ func one(t testing.TB, q *Queue, add func(tag uint64) bool) Completion {
 			}
 			return out[0]
 		}
-		if err := q.Wait(20 * time.Second); err != nil {
+		if err := q.Wait(2 * time.Minute); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -341,7 +341,7 @@ func TestQSDDies(t *testing.T) {
 	s.kill()
 	for {
 		// A wait may end early, on a call for what was polled before.
-		if err := q.Wait(20 * time.Second); errors.Is(err, ErrDisconnected) {
+		if err := q.Wait(2 * time.Minute); errors.Is(err, ErrDisconnected) {
 			break
 		} else if err != nil {
 			t.Fatal(err)
@@ -358,7 +358,7 @@ func TestQSDDies(t *testing.T) {
 	}
 	var out [2]Completion
 	for n := 0; n == 0; {
-		if err := q.Wait(20 * time.Second); err != nil {
+		if err := q.Wait(2 * time.Minute); err != nil {
 			t.Fatal(err)
 		}
 		var err error

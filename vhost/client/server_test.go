@@ -211,7 +211,7 @@ func TestP3RestartWithoutCompletion(t *testing.T) {
 	}
 	b.srv.Close()
 	for {
-		if err := q.Wait(20 * time.Second); errors.Is(err, client.ErrDisconnected) {
+		if err := q.Wait(2 * time.Minute); errors.Is(err, client.ErrDisconnected) {
 			break
 		} else if err != nil {
 			t.Fatal(err)
@@ -225,7 +225,7 @@ func TestP3RestartWithoutCompletion(t *testing.T) {
 	seen := map[uint64]bool{}
 	out := make([]client.Completion, n)
 	for len(seen) < n {
-		if err := q.Wait(20 * time.Second); err != nil {
+		if err := q.Wait(2 * time.Minute); err != nil {
 			t.Fatal(err)
 		}
 		k, err := q.Poll(out)
@@ -314,7 +314,7 @@ func run(t *testing.T, c *client.Client, add func(tag uint64) bool) {
 			}
 			return
 		}
-		if err := q.Wait(20 * time.Second); err != nil {
+		if err := q.Wait(2 * time.Minute); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -86,7 +86,7 @@ func TestGateOrder(t *testing.T) {
 				done.Done()
 			}()
 		}
-		deadline := time.Now().Add(20 * time.Second)
+		deadline := time.Now().Add(2 * time.Minute)
 		for {
 			g.mu.Lock()
 			waiting := g.guest.live + g.repair.live
@@ -116,7 +116,7 @@ func TestGateOrder(t *testing.T) {
 		select {
 		case pri := <-order:
 			got = append(got, pri)
-		case <-time.After(20 * time.Second):
+		case <-time.After(2 * time.Minute):
 			t.Fatal("starved")
 		}
 	}
@@ -170,7 +170,7 @@ func TestCanceledWhileQueued(t *testing.T) {
 	}()
 	select {
 	case <-reached: // the committer is at work
-	case <-time.After(20 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatal("the committer syncs no directory")
 	}
 	ctx, cancel := context.WithCancel(background)
@@ -178,7 +178,7 @@ func TestCanceledWhileQueued(t *testing.T) {
 	go func() {
 		second <- d.Apply(ctx, nil, []asd.Update{asd.Put("b", asd.NewValue(make([]byte, 50_000)))}, guest)
 	}()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for len(d.queue) == 0 {
 		if time.Now().After(deadline) {
 			t.Fatal("not queued")

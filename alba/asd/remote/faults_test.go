@@ -77,7 +77,7 @@ func TestServerRestart(t *testing.T) {
 	ln, err = Listen(addr, Security{})
 	must(t, err)
 	serveOn(t, ln, d, ServerOptions{})
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for {
 		v, err := c.Get(within(t), "key", guest)
 		if err == nil {
@@ -154,7 +154,7 @@ func TestDroppedConnections(t *testing.T) {
 // waitIdle waits until no request is under way on a disk.
 func waitIdle(t *testing.T, d *disk.Disk) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for {
 		a, err := d.Stats(within(t))
 		must(t, err)
@@ -432,7 +432,7 @@ func TestP7HostilePeer(t *testing.T) {
 	} {
 		nc, err := net.Dial("tcp", addr)
 		must(t, err)
-		must(t, nc.SetDeadline(time.Now().Add(20*time.Second)))
+		must(t, nc.SetDeadline(time.Now().Add(2*time.Minute)))
 		_, _ = nc.Write(b)
 		if name == "same number" { // allowed one behind the other: only the end counts
 			_ = nc.(*net.TCPConn).CloseWrite()
@@ -454,7 +454,7 @@ func isTimeout(err error) bool {
 
 func waitConnections(t *testing.T, s *Server, most int) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for s.Connections() > most {
 		if time.Now().After(deadline) {
 			t.Fatalf("%d connections, want at most %d", s.Connections(), most)

@@ -23,7 +23,7 @@ const MinSize = 16 << 20
 
 // patience is how long any wait of the suite may take before it counts as a
 // hang. It bounds failures; no test measures time.
-var patience = time.Minute
+var patience = 3 * time.Minute
 
 // Resizer is what a Device may have besides, to let Run test Watch and live
 // resize. It grows the device to size bytes, a multiple of block.ClusterSize.
