@@ -38,10 +38,10 @@ func (v *Volume) openSealed(ctx context.Context, m *scoMeta) (sco.Trailer, reade
 	v.metaMu.Lock()
 	local := m.local
 	v.metaMu.Unlock()
-	var r readerAt = storeObject{ctx, v, scoObject(m.number)}
+	var r readerAt = storeObject{ctx, v, v.objectOf(m)}
 	done := func() {}
 	if local {
-		f, release, err := v.openLocal(m.number)
+		f, release, err := v.openLocal(m)
 		switch {
 		case err == nil:
 			r, done = f, release
@@ -119,7 +119,7 @@ func (v *Volume) checkSealed(ctx context.Context, m *scoMeta, rep *CheckReport) 
 	v.metaMu.Unlock()
 	var records []tlog.Record
 	if local {
-		f, release, err := v.openLocal(m.number)
+		f, release, err := v.openLocal(m)
 		if err == nil {
 			records = v.checkCopy(ctx, m, "local copy", f, rep)
 			release()
@@ -131,7 +131,7 @@ func (v *Volume) checkSealed(ctx context.Context, m *scoMeta, rep *CheckReport) 
 	local, uploaded := m.local, m.uploaded
 	v.metaMu.Unlock()
 	if uploaded {
-		if r := v.checkCopy(ctx, m, "store's copy", storeObject{ctx, v, scoObject(m.number)}, rep); records == nil {
+		if r := v.checkCopy(ctx, m, "store's copy", storeObject{ctx, v, v.objectOf(m)}, rep); records == nil {
 			records = r
 		}
 	}
@@ -153,8 +153,8 @@ func (v *Volume) checkCopy(ctx context.Context, m *scoMeta, which string, r io.R
 		bad(err)
 	} else if h, err := sco.DecodeHeader(page); err != nil {
 		bad(err)
-	} else if h.Volume != v.cfg.ID || h.Number != m.number {
-		bad(fmt.Errorf("its header is of SCO %d of volume %s", h.Number, h.Volume))
+	} else if h.Volume != v.cfg.ID || h.Number != m.number || h.Generation != m.generation() {
+		bad(fmt.Errorf("its header is of SCO %d, generation %d, of volume %s", h.Number, h.Generation, h.Volume))
 	}
 	t, err := sco.ReadTrailer(r, m.size)
 	if err != nil {
@@ -163,6 +163,11 @@ func (v *Volume) checkCopy(ctx context.Context, m *scoMeta, which string, r io.R
 	}
 	if t.Clusters != m.clusters || t.Records != m.records {
 		bad(fmt.Errorf("its trailer has %d clusters and %d records, %d and %d are known", t.Clusters, t.Records, m.clusters, m.records))
+	}
+	place, err := v.checkGeneration(m, &t, r)
+	if err != nil {
+		bad(err)
+		return nil
 	}
 	table, err := t.ReadCRCs(r)
 	if err != nil {
@@ -175,8 +180,12 @@ func (v *Volume) checkCopy(ctx context.Context, m *scoMeta, which string, r io.R
 	}
 	crcs := make(map[uint32]uint32, len(records))
 	for i := range records {
-		c := records[i].Cluster
 		if !records[i].HasData() {
+			continue
+		}
+		c, ok := place(records[i].Cluster)
+		if !ok {
+			bad(fmt.Errorf("record %d names cluster %d, which it does not have", i, records[i].Cluster))
 			continue
 		}
 		crcs[c] = records[i].DataCRC
@@ -184,8 +193,30 @@ func (v *Volume) checkCopy(ctx context.Context, m *scoMeta, which string, r io.R
 			bad(fmt.Errorf("the CRC table differs from record %d", i))
 		}
 	}
+	if t.Generation > 0 && uint32(len(crcs)) != t.Clusters {
+		bad(fmt.Errorf("%d of %d clusters have a record", len(crcs), t.Clusters))
+	}
 	v.checkData(ctx, &t, crcs, r, rep, bad)
 	return records
+}
+
+// checkGeneration verifies what makes a copy the generation that is known, and returns
+// where in it a cluster lies.
+func (v *Volume) checkGeneration(m *scoMeta, t *sco.Trailer, r io.ReaderAt) (place func(uint32) (uint32, bool), err error) {
+	if t.Generation != m.generation() {
+		return nil, fmt.Errorf("its trailer is of generation %d, %d is known", t.Generation, m.generation())
+	}
+	if m.compact == nil {
+		return func(c uint32) (uint32, bool) { return c, true }, nil
+	}
+	kept, err := t.ReadKept(r)
+	if err != nil {
+		return nil, err
+	}
+	if t.Span != m.compact.span || t.KeptCRC != m.compact.keptCRC {
+		return nil, fmt.Errorf("it keeps other clusters than are known: %w", sco.ErrFormat)
+	}
+	return kept.Slot, nil
 }
 
 // checkData verifies the clusters of one copy.

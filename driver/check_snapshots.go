@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"scoria/driver/lba"
+	"scoria/driver/sco"
 )
 
 // checkSnapshots verifies that each snapshot's root and map pages are readable, that
@@ -39,6 +40,7 @@ func (v *Volume) checkSnapshot(ctx context.Context, s Snapshot, rep *CheckReport
 	v.checkSnapshotCopies(ctx, &s, rep)
 	live := liveCounts(blob.scos)
 	counted := map[uint64]uint32{}
+	has := v.keptTables(ctx, before.SCO, s.SCO, rep)
 	page := make([]byte, lba.PageBytes)
 	for leaf, addr := range root.Directory {
 		o := addr.Object()
@@ -52,8 +54,13 @@ func (v *Volume) checkSnapshot(ctx context.Context, s Snapshot, rep *CheckReport
 			return fmt.Errorf("map leaf %d: %w", leaf, err)
 		}
 		for at := range uint64(lba.LeafClusters) {
-			if loc := lba.SlotOf(page, at); loc.SCO() > before.SCO {
-				counted[loc.SCO()]++
+			loc := lba.SlotOf(page, at)
+			if loc.SCO() <= before.SCO {
+				continue
+			}
+			counted[loc.SCO()]++
+			if kept := has[loc.SCO()]; kept != nil && !kept.Has(loc.Cluster()) {
+				rep.problem("snapshot %s: %s is reached and was not kept when the SCO was compacted", s.Name, loc)
 			}
 		}
 	}
@@ -78,6 +85,31 @@ func (v *Volume) checkSnapshot(ctx context.Context, s Snapshot, rep *CheckReport
 		}
 	}
 	return nil
+}
+
+// keptTables reads which clusters compacted SCOs behind a position, up to another,
+// have.
+func (v *Volume) keptTables(ctx context.Context, after, upTo uint64, rep *CheckReport) map[uint64]*sco.Kept {
+	v.metaMu.Lock()
+	var metas []*scoMeta
+	for n, m := range v.scos {
+		if n > after && n <= upTo && m.compact != nil {
+			metas = append(metas, m)
+		}
+	}
+	v.metaMu.Unlock()
+	out := make(map[uint64]*sco.Kept, len(metas))
+	for _, m := range metas {
+		t, r, done, err := v.openSealed(ctx, m)
+		if err == nil {
+			out[m.number], err = t.ReadKept(r)
+			done()
+		}
+		if err != nil {
+			rep.problem("SCO %d: kept clusters: %v", m.number, err)
+		}
+	}
+	return out
 }
 
 // isUnsealed: caller holds metaMu.

@@ -56,6 +56,8 @@ type checkpoints struct {
 	newest  *publication
 	doomed  []uint64 // SCOs that no published root needs, to be deleted
 
+	published uint64 // sequence of the newest root that is known to be in the store
+
 	// overdue: the newest root says of snapshots what is no longer true.
 	overdue bool
 	pinned  map[uint32]bool   // own page objects that snapshots refer to
@@ -231,7 +233,7 @@ func (c *checkpoints) take(ctx context.Context, snap *Snapshot, force bool) erro
 		return errNoRoom
 	}
 	pos := position{v.cur.prev, v.cur.prevRecords}
-	if pos == c.pos && (c.sequence > 0 || pos == position{}) && !force && !c.overdue {
+	if pos == c.pos && (c.sequence > 0 || pos == position{}) && !force && !c.overdue && !c.namesReplaced() {
 		v.gate.Unlock()
 		return nil
 	}

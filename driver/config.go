@@ -104,6 +104,7 @@ type Stats struct {
 	SyncCount       uint64 `json:"sync_count"`        // fdatasync calls
 	SpilledBytes    uint64 `json:"spilled_bytes"`     // written to the local disk by the log
 	ScrubbedBytes   uint64 `json:"scrubbed_bytes"`    // rewritten by the scrubber
+	CompactedBytes  uint64 `json:"compacted_bytes"`   // of SCOs that were written anew without their garbage, as snapshots reach them
 	ReclaimedBytes  uint64 `json:"reclaimed_bytes"`   // given back by deleting SCOs
 	UploadedBytes   uint64 `json:"uploaded_bytes"`    // put into the store, linked files included
 	BufferBytes     uint64 `json:"buffer_bytes"`      // of the write buffer, in chunks that the local disk does not have

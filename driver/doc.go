@@ -28,6 +28,9 @@
 //  5. A checkpoint: page objects and log are synced before the root; in the
 //     store the SCOs come before the page objects, these before the root. A SCO
 //     is deleted only when a published root no longer refers to it.
+//  6. A SCO that snapshots reach is compacted in place (compact.go): the new
+//     generation is written and synced here, then put into the store and read back,
+//     then a root names it; the old one is deleted when that root is published.
 //
 // After any crash the checkpoint plus the chain of SCOs behind it, up to the
 // first break, is a prefix of the log (P2); recovery reads only that (P9).
@@ -42,7 +45,9 @@
 // its parent's snapshot, so a location says by itself whose it is (ancestry.go).
 // Neither shows in the path of a write. A SCO goes when it has no live cluster, no
 // snapshot pins any, and a root that says so is in the store; what snapshots pin is
-// not moved by the scrubber, as that would double it.
+// not moved by the scrubber, as that would double it, but compacted where it is. The
+// SCO's number and its clusters' indices stay, so locations do. Which generation of
+// it counts is in the volume's newest root alone, never in a snapshot's or a clone's.
 //
 // What a rollback, a shrink and a flattened clone leave behind goes the same way. A
 // rollback's root takes its name with the gate closed: with it the map changes.

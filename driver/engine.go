@@ -325,13 +325,18 @@ func (e *Engine) forget(v *Volume) {
 		delete(e.volumes, v.cfg.ID)
 	}
 	e.mu.Unlock()
-	e.files.forget(v.tag, 0)
+	e.files.forgetAll(v.tag)
 	e.cache.DropVolume(v.tag)
 	v.metaMu.Lock()
 	defer v.metaMu.Unlock()
 	for _, m := range v.scos {
 		if m.local {
 			e.addLocal(-m.size)
+		}
+	}
+	for _, r := range v.retired {
+		if r.local {
+			e.addLocal(-r.size)
 		}
 	}
 }

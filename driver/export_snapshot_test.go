@@ -23,6 +23,9 @@ func (v *Volume) Settled() bool {
 	}
 	v.metaMu.Lock()
 	defer v.metaMu.Unlock()
+	if len(v.retired) > 0 {
+		return false
+	}
 	for n, m := range v.scos {
 		if !m.uploaded || v.live.at(n).Load() == 0 && v.pins[n] == 0 {
 			return false

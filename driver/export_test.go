@@ -60,6 +60,38 @@ func (v *Volume) ScrubAll(ctx context.Context) error {
 	return nil
 }
 
+// CompactAll compacts every SCO that snapshots reach and that has any garbage.
+func (v *Volume) CompactAll(ctx context.Context) error {
+	v.house.Lock()
+	defer v.house.Unlock()
+	v.metaMu.Lock()
+	var list []*scoMeta
+	for _, m := range v.scos {
+		if pin := v.pins[m.number]; pin > 0 && pin < m.clusters && m.uploaded {
+			list = append(list, m)
+		}
+	}
+	v.metaMu.Unlock()
+	for _, m := range list {
+		if err := v.compact(ctx, m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Generation returns that of a SCO, how many clusters it has and how many snapshots
+// reach.
+func (v *Volume) Generation(n uint64) (generation, clusters, pinned uint32) {
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	m := v.scos[n]
+	return m.generation(), m.clusters, v.pins[n]
+}
+
+// ObjectName is the name of a SCO in the store.
+func ObjectName(n uint64, generation uint32) string { return scoObject(n, generation) }
+
 // DropLocalCopies evicts everything that is in the store.
 func (v *Volume) DropLocalCopies() {
 	for {

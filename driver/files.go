@@ -3,10 +3,13 @@ package driver
 import (
 	"container/list"
 	"fmt"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 
 	"scoria/alba/vfs"
+	"scoria/driver/lba"
 	"scoria/driver/sco"
 )
 
@@ -28,18 +31,79 @@ type scoMeta struct {
 	doomed   bool // a root without it is in the store: it has only to be deleted
 	dropping bool // its deletion has begun
 	lastRead int64
+
+	compact *compacted // nil unless it is compacted
+}
+
+// compacted is what a SCO of a later generation has besides. The table of kept
+// clusters comes when somebody reads.
+type compacted struct {
+	generation uint32
+	span       uint32 // clusters of generation 0
+	keptCRC    uint32
+	kept       atomic.Pointer[sco.Kept]
+}
+
+// generation is 0 unless the SCO was compacted.
+func (m *scoMeta) generation() uint32 {
+	if m.compact == nil {
+		return 0
+	}
+	return m.compact.generation
+}
+
+// metaOf describes a sealed SCO by its trailer.
+func metaOf(t *sco.Trailer) *scoMeta {
+	m := &scoMeta{number: t.Number, clusters: t.Clusters, records: t.Records, crcOff: t.CRCOff, size: t.Size()}
+	if t.Generation > 0 {
+		m.compact = &compacted{generation: t.Generation, span: t.Span, keptCRC: t.KeptCRC}
+	}
+	return m
 }
 
 func dataOff(cluster uint32) int64 { return sco.DataOff(cluster) }
 
-func scoObject(n uint64) string           { return fmt.Sprintf("sco-%016x", n) }
-func (v *Volume) scoDir() string          { return v.dir + "/sco" }
-func (v *Volume) scoPath(n uint64) string { return fmt.Sprintf("%s/%016x.sco", v.scoDir(), n) }
-func (v *Volume) namespace() string       { return v.cfg.ID.String() }
+func (v *Volume) scoDir() string    { return v.dir + "/sco" }
+func (v *Volume) namespace() string { return v.cfg.ID.String() }
+
+// scoObject is the name in the store: of generation 0 the number, of others that,
+// a dot and the generation.
+func scoObject(n uint64, generation uint32) string {
+	if generation > 0 {
+		return fmt.Sprintf("%s%016x.%08x", scoPrefix, n, generation)
+	}
+	return fmt.Sprintf("%s%016x", scoPrefix, n)
+}
+
+// scoPath is the local file, likewise.
+func (v *Volume) scoPath(n uint64, generation uint32) string {
+	if generation > 0 {
+		return fmt.Sprintf("%s/%016x.%08x%s", v.scoDir(), n, generation, scoSuffix)
+	}
+	return fmt.Sprintf("%s/%016x%s", v.scoDir(), n, scoSuffix)
+}
+
+func (v *Volume) objectOf(m *scoMeta) string { return scoObject(m.number, m.generation()) }
+func (v *Volume) pathOf(m *scoMeta) string   { return v.scoPath(m.number, m.generation()) }
+func (v *Volume) fileKey(m *scoMeta) fileKey { return fileKey{v.tag, m.generation(), m.number} }
+
+// parseSCO reads what scoObject and scoPath make of a number and a generation.
+func parseSCO(name string) (n uint64, generation uint32, ok bool) {
+	number, gen, later := strings.Cut(name, ".")
+	n, err := strconv.ParseUint(number, 16, 64)
+	var g uint64
+	if err == nil && later {
+		g, err = strconv.ParseUint(gen, 16, 32)
+	}
+	return n, uint32(g), err == nil && n > 0 && n <= lba.MaxSCO && scoPrefix+name == scoObject(n, uint32(g))
+}
+
+const scoSuffix = ".sco"
 
 type fileKey struct {
-	tag uint32
-	sco uint64
+	tag        uint32
+	generation uint32
+	sco        uint64
 }
 
 type openFile struct {
@@ -117,16 +181,19 @@ func (c *fileCache) drop(e *list.Element) {
 	}
 }
 
-// forget closes a file, or all of a volume's if sco is 0.
-func (c *fileCache) forget(tag uint32, sco uint64) {
+// forget closes a file.
+func (c *fileCache) forget(key fileKey) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if sco != 0 {
-		if e, ok := c.m[fileKey{tag, sco}]; ok {
-			c.drop(e)
-		}
-		return
+	if e, ok := c.m[key]; ok {
+		c.drop(e)
 	}
+}
+
+// forgetAll closes all files of a volume.
+func (c *fileCache) forgetAll(tag uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	for key, e := range c.m {
 		if key.tag == tag {
 			c.drop(e)
@@ -140,9 +207,10 @@ const crcCachePages = 16384
 const crcsPerPage = sco.Page / 4
 
 type crcKey struct {
-	tag  uint32
-	page uint32
-	sco  uint64
+	tag        uint32
+	page       uint32
+	sco        uint64
+	generation uint32
 }
 
 // crcCache keeps pages of CRC tables, so that verifying a partial read rarely

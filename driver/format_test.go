@@ -210,11 +210,18 @@ func tableVolume() *Volume {
 	return v
 }
 
+// compactedMeta is a SCO of a later generation.
+func compactedMeta() *scoMeta {
+	return &scoMeta{number: 4, clusters: 20, records: 21, crcOff: 22 * 4096, size: 26 * 4096,
+		compact: &compacted{generation: 5, span: 256, keptCRC: 0xc0ffee}}
+}
+
 // testBlob is the driver's part of a root with something of everything.
 func testBlob() *rootBlob {
 	v := tableVolume()
 	v.pins = map[uint64]uint32{3: 250}
 	table, _ := v.table(noPins, noPins, v.live.copy())
+	table = append(table, tableEntry{scoMeta: *compactedMeta(), live: 7, sealed: true, pinned: 20})
 	return &rootBlob{
 		scos: table,
 		ancestry: []Ancestor{
@@ -230,20 +237,26 @@ func testBlob() *rootBlob {
 	}
 }
 
-// TestTableGolden: the driver's part of a root is stored as drawn, and read; so is
-// that of version 1, which knew of no snapshots.
+// TestTableGolden: the driver's part of a root is stored as drawn, and read; so are
+// that of version 2, which knew of no generations, and that of version 1, which knew of
+// no snapshots.
 func TestTableGolden(t *testing.T) {
 	want := testBlob()
 	b, err := want.encode()
 	if err != nil {
 		t.Fatal(err)
 	}
-	golden(t, "testdata/sco-table-2.hex", b)
+	golden(t, "testdata/sco-table-3.hex", b)
 	got, err := decodeBlob(b)
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Fatalf("%+v, %v, want %+v", got, err, want)
 	}
-	old, err := decodeBlob(oldTable(t))
+	second, err := decodeBlob(oldTable(t, "testdata/sco-table-2.hex"))
+	want.scos = want.scos[:1]
+	if err != nil || !reflect.DeepEqual(second, want) {
+		t.Fatalf("%+v, %v, want %+v", second, err, want)
+	}
+	old, err := decodeBlob(oldTable(t, "testdata/sco-table.hex"))
 	if err != nil || len(old.scos) != 1 || old.snapshot != nil {
 		t.Fatalf("%+v, %v", old, err)
 	}
@@ -253,9 +266,9 @@ func TestTableGolden(t *testing.T) {
 	}
 }
 
-// oldTable is a table as version 1 stored it.
-func oldTable(t testing.TB) (b []byte) {
-	text, err := os.ReadFile("testdata/sco-table.hex")
+// oldTable is a table as an earlier version stored it.
+func oldTable(t testing.TB, name string) (b []byte) {
+	text, err := os.ReadFile(name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -280,7 +293,8 @@ func FuzzDecodeBlob(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(b)
-	f.Add(oldTable(f))
+	f.Add(oldTable(f, "testdata/sco-table.hex"))
+	f.Add(oldTable(f, "testdata/sco-table-2.hex"))
 	f.Add([]byte{1, 0, 0, 0, 255, 255, 255, 255})
 	f.Add([]byte{2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 255, 255, 255, 255})
 	f.Fuzz(func(t *testing.T, b []byte) {

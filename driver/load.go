@@ -69,7 +69,7 @@ func (v *Volume) findSCO(ctx context.Context, n uint64, inv *inventory) (*replay
 // died before its sync, or have had that fail: without the truncation a loss of
 // power would bring the open format back, with the records elsewhere.
 func (v *Volume) sealAgain(m *scoMeta) error {
-	f, err := v.eng.cfg.FS.Open(v.scoPath(m.number), 0)
+	f, err := v.eng.cfg.FS.Open(v.pathOf(m), 0)
 	if err != nil {
 		return err
 	}
@@ -93,12 +93,12 @@ func (v *Volume) sealedSCO(t sco.Trailer, r io.ReaderAt) (*replaySCO, error) {
 	}
 	return &replaySCO{
 		number: t.Number, records: records, cut: t.Records, bound: t.Records,
-		meta: &scoMeta{number: t.Number, clusters: t.Clusters, records: t.Records, crcOff: t.CRCOff, size: t.Size()},
+		meta: metaOf(&t),
 	}, nil
 }
 
 func (v *Volume) loadSealedLocal(n uint64) (*replaySCO, error) {
-	f, err := v.eng.cfg.FS.Open(v.scoPath(n), vfs.ReadOnly)
+	f, err := v.eng.cfg.FS.Open(v.scoPath(n, 0), vfs.ReadOnly)
 	if err != nil {
 		return nil, err
 	}
@@ -122,11 +122,11 @@ func (v *Volume) loadSealedLocal(n uint64) (*replaySCO, error) {
 }
 
 func (v *Volume) loadFromStore(ctx context.Context, n uint64) (*replaySCO, error) {
-	size, err := v.cfg.Store.Size(ctx, v.namespace(), scoObject(n))
+	size, err := v.cfg.Store.Size(ctx, v.namespace(), scoObject(n, 0))
 	if err != nil {
 		return nil, err
 	}
-	r := storeObject{ctx, v, scoObject(n)}
+	r := storeObject{ctx, v, scoObject(n, 0)}
 	t, err := sco.ReadTrailer(r, size)
 	if err != nil {
 		return nil, err
@@ -145,7 +145,7 @@ func (v *Volume) loadFromPool(n uint64, chunks []foundChunk, hasFile bool) (*rep
 	var file vfs.File
 	if hasFile {
 		var err error
-		if file, err = v.eng.cfg.FS.Open(v.scoPath(n), vfs.Direct); err != nil {
+		if file, err = v.eng.cfg.FS.Open(v.scoPath(n, 0), vfs.Direct); err != nil {
 			return nil, err
 		}
 		head := aligned(make([]byte, sco.Page))
@@ -305,7 +305,7 @@ func (l *logSCO) keepCRC(cluster, crc uint32) {
 
 // loadOpenFile reads a SCO that was not sealed when power was lost.
 func (v *Volume) loadOpenFile(n uint64) (*replaySCO, error) {
-	f, err := v.eng.cfg.FS.Open(v.scoPath(n), 0)
+	f, err := v.eng.cfg.FS.Open(v.scoPath(n, 0), 0)
 	if err != nil {
 		return nil, err
 	}

@@ -150,7 +150,7 @@ func (v *Volume) checkpointDue(idle time.Duration) (due, must bool) {
 	}
 	u := v.usage()
 	return (since > checkpointMin && since > 4*int64(v.m.Stats().DirtyPages)) ||
-		(idle > idleSeal && v.unsealedRecords() > 0) || u.reclaimable(v), false
+		(idle > idleSeal && (v.unsealedRecords() > 0 || u.retired)) || u.reclaimable(v), false
 }
 
 // checkpointNow reports whether it could.
@@ -258,6 +258,11 @@ func (v *Volume) compactCheckpoints(ctx context.Context) {
 func (v *Volume) coldest() *scoMeta {
 	v.metaMu.Lock()
 	defer v.metaMu.Unlock()
+	for _, r := range v.retired {
+		if r.local {
+			return r.scoMeta // nobody reads it any more
+		}
+	}
 	var best *scoMeta
 	for _, m := range v.scos {
 		if m.local && m.uploaded && (best == nil || m.lastRead < best.lastRead) {

@@ -91,11 +91,15 @@ func (w *world) snapshotStep() error {
 		return w.snapshot()
 	}
 	i := w.rng.IntN(len(w.shots))
-	switch w.rng.IntN(12) {
+	switch w.rng.IntN(14) {
 	case 0:
 		return w.rollback(i)
 	case 1, 2:
 		return w.changes(i)
+	case 3, 4:
+		w.note("seal and compact")
+		w.vol.WaitSealed()
+		return w.vol.CompactAll(context.Background())
 	}
 	if w.rng.IntN(3) == 0 {
 		if w.locked != nil && w.locked(w.shots[i].ID) {
@@ -309,17 +313,22 @@ func (w *world) verifySpace() {
 			w.t.Fatalf("%s: %v", w.where(), err)
 		}
 	}
-	for try := 0; try < 3 || !w.vol.Settled(); try++ {
-		must(w.vol.CheckpointAnew(ctx))
-		w.vol.WaitSealed()
-		for range 3 { // the one that waits, the one behind it, and what is dead
-			_, err := w.vol.Publish(ctx)
-			must(err)
-		}
-		if try > 200 {
-			w.t.Fatalf("%s: there is always something left to do", w.where())
+	settle := func() {
+		for try := 0; try < 3 || !w.vol.Settled(); try++ {
+			must(w.vol.CheckpointAnew(ctx))
+			w.vol.WaitSealed()
+			for range 3 { // the one that waits, the one behind it, and what is dead
+				_, err := w.vol.Publish(ctx)
+				must(err)
+			}
+			if try > 200 {
+				w.t.Fatalf("%s: there is always something left to do", w.where())
+			}
 		}
 	}
+	settle()
+	must(w.vol.CompactAll(ctx))
+	settle()
 	reached, objects, err := w.vol.Reached(ctx)
 	must(err)
 	held := w.vol.Held()
@@ -337,7 +346,11 @@ func (w *world) verifySpace() {
 	must(err)
 	var want []string
 	for n := range reached {
-		want = append(want, fmt.Sprintf("sco-%016x", n))
+		generation, clusters, pinned := w.vol.Generation(n)
+		if pinned > 0 && pinned != clusters {
+			w.t.Fatalf("%s: SCO %d, generation %d, has %d clusters, snapshots reach %d", w.where(), n, generation, clusters, pinned)
+		}
+		want = append(want, driver.ObjectName(n, generation))
 	}
 	for o := range objects {
 		want = append(want, fmt.Sprintf("pages-%08x", o))

@@ -393,6 +393,9 @@ func (w *world) step() error {
 		return err
 	case n < 93:
 		w.note("scrub")
+		if w.rng.IntN(2) == 0 {
+			return w.vol.CompactAll(ctx)
+		}
 		return w.vol.ScrubAll(ctx)
 	case n < 96:
 		w.note("evict")

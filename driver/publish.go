@@ -21,6 +21,7 @@ func (v *Volume) publish(ctx context.Context) (bool, error) {
 	c := v.ckpt
 	done, err := c.publishRoot(ctx)
 	c.mu.Lock()
+	c.doomRetired()
 	doomed := c.doomed
 	c.doomed = nil
 	c.mu.Unlock()
@@ -40,6 +41,7 @@ func (v *Volume) publish(ctx context.Context) (bool, error) {
 	c.mu.Lock()
 	c.doomed = append(c.doomed, left...)
 	c.mu.Unlock()
+	errs = append(errs, v.deleteRetired(ctx))
 	return done, errors.Join(errs...)
 }
 
@@ -65,6 +67,7 @@ func (c *checkpoints) publishRoot(ctx context.Context) (bool, error) {
 	if err := c.putAll(ctx, p, rootName(p.sequence)); err != nil {
 		return false, fmt.Errorf("publish checkpoint: %w", err)
 	}
+	c.published = p.sequence
 	if p.alone {
 		v.unlink()
 	}
@@ -84,7 +87,9 @@ func (c *checkpoints) publishRoot(ctx context.Context) (bool, error) {
 
 // settleAccount notes whether the store lacks anything. Caller holds mu.
 func (c *checkpoints) settleAccount() {
-	c.owes.Store(c.pending != nil || len(c.queue) > 0 || len(c.gone) > 0)
+	c.v.metaMu.Lock()
+	defer c.v.metaMu.Unlock()
+	c.owes.Store(c.pending != nil || len(c.queue) > 0 || len(c.gone) > 0 || len(c.v.retired) > 0)
 }
 
 // putAll uploads page objects and then the root that needs them.
@@ -267,7 +272,7 @@ func (v *Volume) deleteSCO(ctx context.Context, n uint64) (gone bool, err error)
 	v.metaMu.Lock()
 	m.dropping = true
 	v.metaMu.Unlock()
-	if err := v.cfg.Store.Delete(ctx, v.namespace(), scoObject(n), v.cfg.Epoch); err != nil {
+	if err := v.cfg.Store.Delete(ctx, v.namespace(), v.objectOf(m), v.cfg.Epoch); err != nil {
 		return false, fmt.Errorf("SCO %d: %w", n, err)
 	}
 	if l := v.ramSCO(n); l != nil && v.ram[n&uint64(len(v.ram)-1)].CompareAndSwap(l, nil) {

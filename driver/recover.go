@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"slices"
+	"strings"
 
 	"scoria/alba/vfs"
 	"scoria/driver/block"
@@ -40,11 +40,12 @@ type replaySCO struct {
 
 // inventory is what was found of a volume's SCOs.
 type inventory struct {
-	local    map[uint64]bool
-	uploaded map[uint64]bool
-	chunks   map[uint64][]foundChunk
-	highest  uint64
-	taken    []*replaySCO
+	local     map[uint64]bool // of generation 0, as is uploaded
+	uploaded  map[uint64]bool
+	compacted map[uint64]map[uint32]copies // later generations
+	chunks    map[uint64][]foundChunk
+	highest   uint64
+	taken     []*replaySCO
 }
 
 // giveBack leaves the pool's chunks to the next opening after one that failed:
@@ -62,17 +63,19 @@ func (inv *inventory) giveBack(v *Volume) {
 }
 
 func (v *Volume) takeInventory(ctx context.Context) (*inventory, error) {
-	inv := &inventory{local: map[uint64]bool{}, uploaded: map[uint64]bool{}, chunks: map[uint64][]foundChunk{}}
-	see := func(n uint64) { inv.highest = max(inv.highest, n) }
+	inv := &inventory{
+		local: map[uint64]bool{}, uploaded: map[uint64]bool{}, chunks: map[uint64][]foundChunk{},
+		compacted: map[uint64]map[uint32]copies{},
+	}
 	names, err := v.eng.cfg.FS.List(v.scoDir())
 	if err != nil {
 		return nil, err
 	}
 	for _, name := range names {
-		var n uint64
-		if _, err := fmt.Sscanf(name, "%016x.sco", &n); err == nil {
-			inv.local[n] = true
-			see(n)
+		if name, ok := strings.CutSuffix(name, scoSuffix); ok {
+			if n, generation, ok := parseSCO(name); ok {
+				inv.see(n, generation, copies{local: true})
+			}
 		}
 	}
 	objects, err := v.cfg.Store.List(ctx, v.namespace(), scoPrefix)
@@ -80,15 +83,13 @@ func (v *Volume) takeInventory(ctx context.Context) (*inventory, error) {
 		return nil, err
 	}
 	for _, name := range objects {
-		var n uint64
-		if _, err := fmt.Sscanf(name, scoPrefix+"%016x", &n); err == nil {
-			inv.uploaded[n] = true
-			see(n)
+		if n, generation, ok := parseSCO(strings.TrimPrefix(name, scoPrefix)); ok {
+			inv.see(n, generation, copies{uploaded: true})
 		}
 	}
 	for _, c := range v.eng.pool.takeFound(v.cfg.ID) {
 		inv.chunks[c.sco] = append(inv.chunks[c.sco], c)
-		see(c.sco)
+		inv.highest = max(inv.highest, c.sco)
 	}
 	return inv, nil
 }
@@ -170,6 +171,9 @@ func (v *Volume) restoreCheckpoint(ctx context.Context, inv *inventory) error {
 	// findRoot has seen newer ones if this is one that it fell back to.
 	v.ckpt.sequence = max(v.ckpt.sequence, root.Sequence)
 	v.ckpt.pos = position{root.LogSCO, uint32(root.LogRecord)}
+	if v.ckpt.rootStored {
+		v.ckpt.published = root.Sequence
+	}
 	for _, o := range blob.objects {
 		v.ckpt.pinned[o] = true
 	}
@@ -187,27 +191,40 @@ func (v *Volume) restoreCheckpoint(ctx context.Context, inv *inventory) error {
 		known[e.number] = true
 		v.live.ensure(e.number)
 		v.live.at(e.number).Store(int32(e.live))
-		if err := v.restoreSCO(ctx, e, inv); err != nil {
+		if err := v.restoreSCO(ctx, e, inv, root.Sequence); err != nil {
 			return err
 		}
 	}
 	v.republish(root, blob)
-	// What the position covers and the table does not name was dead, and its
-	// deletion did not finish.
-	for n := range inv.local {
-		if n <= root.LogSCO && !known[n] {
-			if err := v.eng.cfg.FS.Remove(v.scoPath(n)); err != nil {
+	return v.removeUnknown(ctx, root, known, inv)
+}
+
+// removeUnknown removes what the position covers and the table does not name: it was
+// dead, and its deletion did not finish.
+func (v *Volume) removeUnknown(ctx context.Context, root *lba.Root, known map[uint64]bool, inv *inventory) error {
+	remove := func(n uint64, generation uint32, c copies) error {
+		if c.local {
+			if err := v.eng.cfg.FS.Remove(v.scoPath(n, generation)); err != nil {
 				return err
 			}
-			delete(inv.local, n)
 		}
+		if c.uploaded {
+			return v.cfg.Store.Delete(ctx, v.namespace(), scoObject(n, generation), v.cfg.Epoch)
+		}
+		return nil
 	}
-	for n := range inv.uploaded {
-		if n <= root.LogSCO && !known[n] {
-			if err := v.cfg.Store.Delete(ctx, v.namespace(), scoObject(n), v.cfg.Epoch); err != nil {
+	for _, n := range inv.numbers() {
+		if n > root.LogSCO || known[n] {
+			continue
+		}
+		for _, g := range inv.generations(n) {
+			if err := remove(n, g, inv.at(n, g)); err != nil {
 				return err
 			}
 		}
+		delete(inv.local, n)
+		delete(inv.uploaded, n)
+		delete(inv.compacted, n)
 	}
 	for n, chunks := range inv.chunks {
 		if n <= root.LogSCO {
@@ -238,10 +255,16 @@ func (v *Volume) republish(root *lba.Root, blob *rootBlob) {
 
 // restoreSCO makes a SCO of the table known. One that was not sealed at the time
 // was durable, all the same: the checkpoint saw to that.
-func (v *Volume) restoreSCO(ctx context.Context, e *tableEntry, inv *inventory) error {
+func (v *Volume) restoreSCO(ctx context.Context, e *tableEntry, inv *inventory, root uint64) error {
+	if inv.compacted[e.number] != nil || e.generation() > 0 {
+		if err := v.settleGeneration(ctx, e, inv, root); err != nil {
+			return err
+		}
+	}
 	m := e.scoMeta
-	m.local, m.uploaded = inv.local[m.number], inv.uploaded[m.number]
 	if e.sealed {
+		c := inv.at(m.number, m.generation())
+		m.local, m.uploaded = c.local, c.uploaded
 		if e.live == 0 && v.pins[m.number] == 0 && !m.local && !m.uploaded {
 			return nil // its space was given back after the checkpoint
 		}
@@ -284,17 +307,10 @@ func (v *Volume) releaseFound(chunks []foundChunk) {
 // followChain loads the SCOs behind pos, in order, as far as they belong
 // together, and removes what comes after.
 func (v *Volume) followChain(ctx context.Context, inv *inventory, pos position) ([]*replaySCO, error) {
-	var numbers []uint64
-	for _, set := range []map[uint64]bool{inv.local, inv.uploaded} {
-		for n := range set {
-			numbers = append(numbers, n)
-		}
+	if err := v.refuseCompacted(inv, pos); err != nil {
+		return nil, err
 	}
-	for n := range inv.chunks {
-		numbers = append(numbers, n)
-	}
-	slices.Sort(numbers)
-	numbers = slices.Compact(numbers)
+	numbers := inv.numbers()
 	for len(numbers) > 0 && numbers[0] <= pos.sco {
 		numbers = numbers[1:]
 	}
@@ -353,7 +369,7 @@ func (v *Volume) dropTail(numbers []uint64, tail []*replaySCO, inv *inventory) e
 		v.releaseFound(inv.chunks[n])
 		delete(inv.chunks, n)
 		if inv.local[n] {
-			if err := v.eng.cfg.FS.Remove(v.scoPath(n)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			if err := v.eng.cfg.FS.Remove(v.scoPath(n, 0)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
 		}
@@ -479,7 +495,7 @@ func (v *Volume) sealReplayed(s *replaySCO) error {
 		return fmt.Errorf("SCO %d: %w", s.number, err)
 	}
 	v.addSealed(m)
-	v.eng.files.put(fileKey{v.tag, s.number}, s.file)
+	v.eng.files.put(v.fileKey(m), s.file)
 	s.file = nil
 	return nil
 }

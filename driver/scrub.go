@@ -21,9 +21,12 @@ const (
 )
 
 // spaceUse sums up the sealed SCOs, in clusters, without those that only have to
-// be deleted yet. Garbage in a SCO that snapshots reach is left out: nothing that
-// the scrubber could do gives it back.
-type spaceUse struct{ clusters, live, dead uint64 }
+// be deleted yet. live is what the volume or snapshots reach, dead what a checkpoint
+// gives back.
+type spaceUse struct {
+	clusters, live, dead uint64
+	retired              bool // a generation waits for a checkpoint
+}
 
 func (v *Volume) usage() (u spaceUse) {
 	v.metaMu.Lock()
@@ -32,18 +35,26 @@ func (v *Volume) usage() (u spaceUse) {
 		if m.doomed || m.dropping {
 			continue
 		}
-		n := v.live.at(m.number).Load()
-		u.live += uint64(max(n, 0))
-		if v.pins[m.number] > 0 {
-			u.clusters += uint64(max(n, 0))
-			continue
-		}
+		n := v.reachedOf(m)
+		u.live += uint64(n)
 		u.clusters += uint64(m.clusters)
 		if n == 0 {
 			u.dead += uint64(m.clusters)
 		}
 	}
+	for _, r := range v.retired {
+		if !r.doomed {
+			u.retired = true
+			u.clusters += uint64(r.clusters)
+			u.dead += uint64(r.clusters)
+		}
+	}
 	return u
+}
+
+// reachedOf is how many clusters of a SCO something refers to. Caller holds metaMu.
+func (v *Volume) reachedOf(m *scoMeta) uint32 {
+	return max(uint32(max(v.live.at(m.number).Load(), 0)), v.pins[m.number])
 }
 
 // reclaimSlack is how many clusters of garbage are not worth a checkpoint.
@@ -61,9 +72,9 @@ const (
 	scrubRetryDisk = 10 * time.Second
 )
 
-// scrub rewrites the live clusters of the emptiest SCOs to the head until the
-// garbage that can't be given back otherwise is within bounds. It reports whether
-// they are.
+// scrub rewrites the live clusters of the emptiest SCOs to the head, or compacts them
+// if snapshots reach them, until the garbage that can't be given back otherwise is
+// within bounds. It reports whether they are.
 //
 // What it has emptied takes space until a checkpoint without it is in the store,
 // and this one waits for the upload of the SCOs before it. So each turn publishes
@@ -94,7 +105,7 @@ func (v *Volume) scrub(ctx context.Context) (done bool) {
 		if m == nil {
 			return false
 		}
-		if err := v.empty(ctx, m); err != nil {
+		if err := v.reduce(ctx, m); err != nil {
 			if ctx.Err() == nil && !errors.Is(err, errNoRoom) {
 				v.leaveAlone(m, err)
 			}
@@ -102,6 +113,17 @@ func (v *Volume) scrub(ctx context.Context) (done bool) {
 		}
 	}
 	return false
+}
+
+// reduce rids a SCO of its garbage.
+func (v *Volume) reduce(ctx context.Context, m *scoMeta) error {
+	v.metaMu.Lock()
+	pinned := v.pins[m.number] > 0
+	v.metaMu.Unlock()
+	if pinned {
+		return v.compact(ctx, m)
+	}
+	return v.empty(ctx, m)
 }
 
 var errNotEmpty = errors.New("clusters are accounted for that no record names")
@@ -141,19 +163,21 @@ func (v *Volume) awaitPublication(ctx context.Context) bool {
 // leaveAlone keeps the scrubber from a SCO for a while. Caller holds house.
 func (v *Volume) leaveAlone(m *scoMeta, why error) {
 	wait := scrubRetryData
-	if !errors.Is(why, block.ErrCorrupt) && !errors.Is(why, sco.ErrFormat) && !errors.Is(why, errNotEmpty) {
+	if !errors.Is(why, block.ErrCorrupt) && !errors.Is(why, sco.ErrFormat) && !errors.Is(why, errNotEmpty) && !errors.Is(why, errPins) {
 		wait = scrubRetryDisk
 	}
-	v.raise("scrub-failed", "SCO %d can't be emptied, its garbage keeps its space: %v; tried again in %v", m.number, why, wait)
+	v.raise("scrub-failed", "SCO %d can't be rid of garbage, which keeps its space: %v; tried again in %v", m.number, why, wait)
 	if v.unscrubbed == nil {
 		v.unscrubbed = map[uint64]time.Time{}
 	}
 	v.unscrubbed[m.number] = time.Now().Add(wait)
 }
 
-// emptiest picks the sealed SCO with the smallest part of live clusters, nil if
-// none would give anything back: what snapshots reach stays where it is. Caller
-// holds house.
+// fullPart is from which part of reached clusters on a SCO is left as it is.
+const fullPart = 0.95
+
+// emptiest picks the sealed SCO with the smallest part of reached clusters, nil if
+// none would give anything back. Caller holds house.
 func (v *Volume) emptiest() *scoMeta {
 	now := time.Now()
 	for n, until := range v.unscrubbed {
@@ -169,12 +193,12 @@ func (v *Volume) emptiest() *scoMeta {
 	var best *scoMeta
 	var bestPart float64
 	for _, m := range v.scos {
-		n := v.live.at(m.number).Load()
-		if _, skip := v.unscrubbed[m.number]; skip || n <= 0 || m.dropping || !m.uploaded || v.pins[m.number] > 0 {
+		n := v.reachedOf(m)
+		if _, skip := v.unscrubbed[m.number]; skip || n == 0 || m.dropping || !m.uploaded {
 			continue
 		}
 		part := float64(n) / float64(max(m.clusters, 1))
-		if part < 0.95 && (best == nil || part < bestPart) {
+		if part < fullPart && (best == nil || part < bestPart) {
 			best, bestPart = m, part
 		}
 	}

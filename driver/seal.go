@@ -24,7 +24,9 @@ func sealFile(f vfs.File, h *sco.Header, clusters, records uint32, encoded []byt
 	if err := sync(); err != nil {
 		return nil, err
 	}
-	return &scoMeta{number: t.Number, clusters: clusters, records: records, crcOff: t.CRCOff, size: t.Size(), local: true}, nil
+	m := metaOf(&t)
+	m.local = true
+	return m, nil
 }
 
 // seal makes a closed SCO's file final. Caller holds ioMu.
@@ -68,7 +70,7 @@ func (v *Volume) seal(l *logSCO) error {
 		v.eng.pool.markClean(l, uint32(slot))
 	}
 	l.sealed.Store(true)
-	v.eng.files.put(fileKey{v.tag, m.number}, *l.reader.Swap(nil))
+	v.eng.files.put(v.fileKey(m), *l.reader.Swap(nil))
 	for i := range l.crcs {
 		l.crcs[i].Store(nil) // the file has them now
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"time"
 
@@ -16,40 +17,46 @@ import (
 	"scoria/driver/tlog"
 )
 
-// readSealed reads n clusters of a sealed SCO from its local copy or through the
-// store, verifies them and leaves them in the read cache. A local copy that fails
-// its checksum is given up in favour of the store's.
+// readSealed reads n clusters of a sealed SCO, verifies them and leaves them in the
+// read cache.
 func (v *Volume) readSealed(ctx context.Context, loc lba.Location, n uint32, buf []byte) error {
-	number, first := loc.SCO(), loc.Cluster()
+	number := loc.SCO()
 	m, local := v.metaFor(number)
-	if m == nil {
-		return fmt.Errorf("SCO %d: %w", number, ErrNoObject)
-	}
-	if first+n > m.clusters {
-		return fmt.Errorf("SCO %d: cluster %d: %w: the SCO has %d", number, first, block.ErrCorrupt, m.clusters)
-	}
-	p := buf[:n*block.ClusterSize]
-	if local {
-		err := v.readVerified(number, first, p, func(b []byte, off int64) error { return v.readLocal(number, b, off) }, m)
+	for {
+		if m == nil {
+			return fmt.Errorf("SCO %d: %w", number, ErrNoObject)
+		}
+		p := buf[:n*block.ClusterSize]
+		err := v.readCopies(ctx, m, local, loc.Cluster(), p)
 		if err == nil {
 			v.keep(loc, p)
 			return nil
 		}
-		if !v.giveUpLocal(m, err) {
+		// It may have been compacted, and this generation been deleted, meanwhile.
+		was := m.generation()
+		if m, local = v.metaFor(number); m == nil || m.generation() <= was {
 			return err
 		}
 	}
-	err := v.readVerified(number, first, p, func(b []byte, off int64) error {
+}
+
+// readCopies reads clusters from the local copy of a SCO or through the store, and
+// verifies them. A local copy that fails its checksum is given up in favour of the
+// store's.
+func (v *Volume) readCopies(ctx context.Context, m *scoMeta, local bool, first uint32, p []byte) error {
+	if local {
+		err := v.readVerified(first, p, func(b []byte, off int64) error { return v.readLocal(m, b, off) }, m)
+		if err == nil || !v.giveUpLocal(m, err) {
+			return err
+		}
+	}
+	return v.readVerified(first, p, func(b []byte, off int64) error {
 		v.stats.storeRead.Add(uint64(len(b)))
 		defer v.stats.stages[StageStore].since(time.Now())
 		return askStore(ctx, func(ctx context.Context) error {
-			return v.cfg.Store.ReadAt(ctx, v.namespace(), scoObject(number), b, off)
+			return v.cfg.Store.ReadAt(ctx, v.namespace(), v.objectOf(m), b, off)
 		})
 	}, m)
-	if err == nil {
-		v.keep(loc, p)
-	}
-	return err
 }
 
 // metaFor returns a sealed SCO's description and whether it has a local copy.
@@ -66,32 +73,86 @@ func (v *Volume) metaFor(number uint64) (m *scoMeta, local bool) {
 
 // readVerified reads clusters and checks them against the CRC table, both
 // through read.
-func (v *Volume) readVerified(number uint64, first uint32, p []byte, read func([]byte, int64) error, m *scoMeta) error {
-	if err := read(p, dataOff(first)); err != nil {
-		return fmt.Errorf("SCO %d: cluster %d: %w", number, first, err)
+func (v *Volume) readVerified(first uint32, p []byte, read func([]byte, int64) error, m *scoMeta) error {
+	n := uint32(len(p) / block.ClusterSize)
+	slot := first
+	if m.compact != nil {
+		var err error
+		if slot, err = v.keptSlot(m, first, n, read); err != nil {
+			return fmt.Errorf("SCO %d: cluster %d: %w", m.number, first, err)
+		}
 	}
-	for i := range uint32(len(p) / block.ClusterSize) {
-		c := first + i
+	if slot+n > m.clusters {
+		return fmt.Errorf("SCO %d: cluster %d: %w: the SCO has %d", m.number, first, block.ErrCorrupt, m.clusters)
+	}
+	if err := read(p, dataOff(slot)); err != nil {
+		return fmt.Errorf("SCO %d: cluster %d: %w", m.number, first, err)
+	}
+	for i := range n {
 		crc := tlog.CRC(p[i*block.ClusterSize : (i+1)*block.ClusterSize])
-		want, err := v.storedCRC(number, c, read, m, false)
+		want, err := v.storedCRC(slot+i, read, m, false)
 		if err == nil && crc != want {
 			// The table's page may be the one that is wrong in the cache.
-			want, err = v.storedCRC(number, c, read, m, true)
+			want, err = v.storedCRC(slot+i, read, m, true)
 		}
 		if err != nil {
-			return fmt.Errorf("SCO %d: CRC table: %w", number, err)
+			return fmt.Errorf("SCO %d: CRC table: %w", m.number, err)
 		}
 		if crc != want {
-			v.corrupt(number, c)
-			return fmt.Errorf("SCO %d: cluster %d: %w", number, c, block.ErrCorrupt)
+			v.corrupt(m.number, first+i)
+			return fmt.Errorf("SCO %d: cluster %d: %w", m.number, first+i, block.ErrCorrupt)
 		}
 	}
 	return nil
 }
 
-// storedCRC returns a cluster's checksum from the cache or the SCO's table.
-func (v *Volume) storedCRC(number uint64, cluster uint32, read func([]byte, int64) error, m *scoMeta, fresh bool) (uint32, error) {
-	k := crcKey{v.tag, cluster / crcsPerPage, number}
+// keptSlot is where a compacted SCO has n clusters from first on, all of which it
+// must have. Its table is read once.
+func (v *Volume) keptSlot(m *scoMeta, first, n uint32, read func([]byte, int64) error) (uint32, error) {
+	kept, err := v.keptOf(m, readFunc(read))
+	if err != nil {
+		if errors.Is(err, sco.ErrFormat) {
+			v.corrupt(m.number, first)
+			err = fmt.Errorf("%w: %w", block.ErrCorrupt, err)
+		}
+		return 0, err
+	}
+	slot, ok := kept.Slot(first)
+	for c := first + 1; ok && c < first+n; c++ {
+		ok = kept.Has(c)
+	}
+	if !ok {
+		return 0, fmt.Errorf("%w: generation %d does not have it", block.ErrCorrupt, m.generation())
+	}
+	return slot, nil
+}
+
+// keptOf returns the table of kept clusters of a compacted SCO.
+func (v *Volume) keptOf(m *scoMeta, r io.ReaderAt) (*sco.Kept, error) {
+	if k := m.compact.kept.Load(); k != nil {
+		return k, nil
+	}
+	k, err := sco.ReadKept(r, m.crcOff+sco.CRCTableBytes(m.clusters), m.compact.span, m.clusters, m.compact.keptCRC)
+	if err == nil {
+		m.compact.kept.Store(k)
+	}
+	return k, err
+}
+
+// readFunc is an io.ReaderAt that reads all or fails.
+type readFunc func(p []byte, off int64) error
+
+func (f readFunc) ReadAt(p []byte, off int64) (int, error) {
+	if err := f(p, off); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// storedCRC returns the checksum of the cluster at a place in a SCO from the cache or
+// the SCO's table.
+func (v *Volume) storedCRC(cluster uint32, read func([]byte, int64) error, m *scoMeta, fresh bool) (uint32, error) {
+	k := crcKey{v.tag, cluster / crcsPerPage, m.number, m.generation()}
 	if page := v.eng.crcs.get(k); page != nil && !fresh {
 		return page[cluster%crcsPerPage], nil
 	}
@@ -107,8 +168,8 @@ func (v *Volume) storedCRC(number uint64, cluster uint32, read func([]byte, int6
 	return page[cluster%crcsPerPage], nil
 }
 
-func (v *Volume) readLocal(number uint64, b []byte, off int64) error {
-	f, release, err := v.openLocal(number)
+func (v *Volume) readLocal(m *scoMeta, b []byte, off int64) error {
+	f, release, err := v.openLocal(m)
 	if err != nil {
 		return err
 	}
@@ -117,9 +178,9 @@ func (v *Volume) readLocal(number uint64, b []byte, off int64) error {
 	return err
 }
 
-func (v *Volume) openLocal(number uint64) (vfs.File, func(), error) {
-	return v.eng.files.get(fileKey{v.tag, number}, func() (vfs.File, error) {
-		return v.eng.cfg.FS.Open(v.scoPath(number), vfs.ReadOnly)
+func (v *Volume) openLocal(m *scoMeta) (vfs.File, func(), error) {
+	return v.eng.files.get(v.fileKey(m), func() (vfs.File, error) {
+		return v.eng.cfg.FS.Open(v.pathOf(m), vfs.ReadOnly)
 	})
 }
 
@@ -148,8 +209,8 @@ func (v *Volume) dropLocal(m *scoMeta) {
 	if !had {
 		return
 	}
-	v.eng.files.forget(v.tag, m.number)
-	if err := v.eng.cfg.FS.Remove(v.scoPath(m.number)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	v.eng.files.forget(v.fileKey(m))
+	if err := v.eng.cfg.FS.Remove(v.pathOf(m)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		v.log.Warn().Uint64("sco", m.number).Err(err).Msg("local copy can't be removed")
 	}
 	v.eng.addLocal(-m.size)
@@ -215,15 +276,15 @@ func (v *Volume) watchUpload(now time.Time) {
 }
 
 func (v *Volume) uploadOne(m *scoMeta) error {
-	f, release, err := v.openLocal(m.number)
+	f, release, err := v.openLocal(m)
 	if err != nil {
 		return err
 	}
 	defer release()
 	v.putSince.Store(time.Now().UnixNano())
 	defer v.stats.stages[StageStore].since(time.Now())
-	err = v.cfg.Store.Put(v.ctx, v.namespace(), scoObject(m.number), v.cfg.Epoch,
-		Object{Data: f, Size: m.size, LocalPath: v.scoPath(m.number)})
+	err = v.cfg.Store.Put(v.ctx, v.namespace(), v.objectOf(m), v.cfg.Epoch,
+		Object{Data: f, Size: m.size, LocalPath: v.pathOf(m)})
 	v.putSince.Store(0)
 	if err != nil {
 		return err
@@ -234,7 +295,7 @@ func (v *Volume) uploadOne(m *scoMeta) error {
 	gone := m.dropping
 	v.metaMu.Unlock()
 	if gone { // it died while it was on its way
-		return v.cfg.Store.Delete(v.ctx, v.namespace(), scoObject(m.number), v.cfg.Epoch)
+		return v.cfg.Store.Delete(v.ctx, v.namespace(), v.objectOf(m), v.cfg.Epoch)
 	}
 	v.eng.evict()
 	return nil

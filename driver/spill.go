@@ -210,7 +210,7 @@ func (v *Volume) ensureFile(l *logSCO) error {
 	if l.file != nil {
 		return nil
 	}
-	name := v.scoPath(l.hdr.Number)
+	name := v.scoPath(l.hdr.Number, 0)
 	free, err := v.eng.cfg.FS.Free(v.scoDir())
 	if err != nil {
 		return fmt.Errorf("create %s: %w", name, err)
@@ -250,7 +250,7 @@ func (v *Volume) ensureFile(l *logSCO) error {
 // attach makes f, opened for direct writes, the file of l, and opens it a second
 // time for reads.
 func (v *Volume) attach(l *logSCO, f vfs.File) error {
-	r, err := v.eng.cfg.FS.Open(v.scoPath(l.hdr.Number), vfs.ReadOnly)
+	r, err := v.eng.cfg.FS.Open(v.scoPath(l.hdr.Number, 0), vfs.ReadOnly)
 	if err != nil {
 		return err
 	}

@@ -21,6 +21,7 @@ func (v *Volume) Stats() Stats {
 	s.SyncCount = v.stats.syncs.Load()
 	s.SpilledBytes = v.stats.spilled.Load()
 	s.ScrubbedBytes = v.stats.scrubbed.Load()
+	s.CompactedBytes = v.stats.compacted.Load()
 	s.ReclaimedBytes = v.stats.reclaimed.Load()
 	s.UploadedBytes = v.stats.uploaded.Load()
 	s.BufferBytes = uint64(v.dirtyChunks.Load()) * chunkBytes
@@ -50,6 +51,16 @@ func (v *Volume) Stats() Stats {
 			s.Space.Store += uint64(m.size)
 		} else if !m.unwanted {
 			s.UploadBacklog += uint64(m.size)
+		}
+	}
+	for _, r := range v.retired {
+		clusters += uint64(r.clusters)
+		s.Space.Overhead += uint64(r.size) - uint64(r.clusters)*block.ClusterSize
+		if r.local {
+			s.Space.Local += uint64(r.size)
+		}
+		if r.uploaded {
+			s.Space.Store += uint64(r.size)
 		}
 	}
 	s.Space.Garbage = (clusters - min(clusters, reached)) * block.ClusterSize

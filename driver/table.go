@@ -10,15 +10,17 @@ import (
 	"github.com/google/uuid"
 
 	"scoria/driver/lba"
+	"scoria/driver/sco"
 )
 
 // The driver's part of a root, little endian:
 //
-//	version                                                   u32   2
+//	version                                                   u32   3
 //	n, then n SCOs                                            u32
 //	  number u64, size i64, CRC table offset i64, clusters u32, records u32,
 //	  live u32, flags u32 (1: it was sealed, the other fields count),
-//	  pinned u32, zero u32
+//	  pinned u32, generation u32, and if it is compacted, else zero:
+//	  span u32, CRC32C of the table of kept clusters u32
 //	n, then n ancestors, oldest first                         u32
 //	  volume 16, snapshot 16, last SCO u64, last page object u32, zero u32
 //	n, then n runs of page objects that snapshots refer to    u32
@@ -27,13 +29,15 @@ import (
 //	  sequence behind which u64, sequence before which u64
 //	n, then n bytes: the snapshot that this root is, as JSON; none: 0
 //
-// Version 1 ends behind the SCOs, which lack the last two words.
+// Version 2 knows of no generations: its SCOs end with pinned and a zero u32. Version
+// 1 ends behind the SCOs, which lack these, too.
 const (
-	tableVersion = 2
+	tableVersion = 3
 	tableSealed  = 1
 
 	entryLenV1  = 40
-	entryLen    = 48
+	entryLenV2  = 48
+	entryLen    = 56
 	ancestorLen = 48
 	rangeLen    = 16
 	runLen      = 8
@@ -75,7 +79,11 @@ func (b *rootBlob) encode() ([]byte, error) {
 		out = le.AppendUint64(out, e.number)
 		out = le.AppendUint64(out, uint64(e.size))
 		out = le.AppendUint64(out, uint64(e.crcOff))
-		for _, w := range []uint32{e.clusters, e.records, e.live, flags, e.pinned, 0} {
+		var span, keptCRC uint32
+		if e.compact != nil {
+			span, keptCRC = e.compact.span, e.compact.keptCRC
+		}
+		for _, w := range []uint32{e.clusters, e.records, e.live, flags, e.pinned, e.generation(), span, keptCRC} {
 			out = le.AppendUint32(out, w)
 		}
 	}
@@ -165,14 +173,21 @@ func decodeBlob(b []byte) (*rootBlob, error) {
 	}
 	out := &rootBlob{}
 	length := entryLen
-	if version == 1 {
+	switch version {
+	case 1:
 		length = entryLenV1
+	case 2:
+		length = entryLenV2
 	}
 	out.scos = make([]tableEntry, r.list(length))
 	for i := range out.scos {
 		out.scos[i] = decodeEntry(r, version)
-		if n := out.scos[i].number; n == 0 || n > lba.MaxSCO {
-			return nil, malformed(fmt.Sprintf("SCO number %d", n))
+		e := &out.scos[i]
+		if e.number == 0 || e.number > lba.MaxSCO {
+			return nil, malformed(fmt.Sprintf("SCO number %d", e.number))
+		}
+		if c := e.compact; c != nil && (!e.sealed || c.generation == 0 || c.span == 0 || c.span > sco.MaxClusters || e.clusters > c.span) {
+			return nil, malformed(fmt.Sprintf("SCO %d: generation %d has %d of %d clusters", e.number, c.generation, e.clusters, c.span))
 		}
 	}
 	if version >= 2 {
@@ -192,7 +207,12 @@ func decodeEntry(r *blobReader, version uint32) (e tableEntry) {
 	e.sealed = r.u32()&tableSealed != 0
 	if version >= 2 {
 		e.pinned = r.u32()
-		r.u32()
+		generation := r.u32()
+		if version >= 3 {
+			if span, crc := r.u32(), r.u32(); generation > 0 || span > 0 {
+				e.compact = &compacted{generation: generation, span: span, keptCRC: crc}
+			}
+		}
 	}
 	return e
 }

@@ -269,6 +269,7 @@ type counters struct {
 	syncs          atomic.Uint64
 	spilled        atomic.Uint64
 	scrubbed       atomic.Uint64
+	compacted      atomic.Uint64
 	reclaimed      atomic.Uint64
 	uploaded       atomic.Uint64
 	storeRead      atomic.Uint64

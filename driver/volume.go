@@ -57,6 +57,8 @@ type Volume struct {
 	pins  map[uint64]uint32
 	snaps []*snapshotState
 
+	retired []retiree // generations that have a successor, to be deleted
+
 	kin              atomic.Pointer[kin] // nil: it builds on nobody
 	origin           Snapshot            // SCOs and page objects up to there are not its own
 	inheritedAtStart int64               // clusters in ancestors, in the root that recovery began with
@@ -92,6 +94,8 @@ type Volume struct {
 
 	house      sync.Mutex // held by housekeep; before all other locks
 	unscrubbed map[uint64]time.Time
+	generation uint32                 // the last that was used; belongs to house
+	reach      *reachCache            // likewise
 	rest       atomic.Pointer[logEnd] // where the log ended when nothing was left to do
 
 	// tooMuchGarbage slows writers until the scrubber has caught up.

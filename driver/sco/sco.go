@@ -9,7 +9,9 @@
 //	open      │ header │ clusters     │ (not yet) │ records, growing  │ (room)                │
 //	          ├────────┼──────────────┴───────────┼───────────────────┼─────────────┼─────────┤
 //	sealed    │ header │ clusters                 │ records           │ CRC table   │ trailer │
-//	          └────────┴──────────────────────────┴───────────────────┴─────────────┴─────────┘
+//	          ├────────┼───────────────┬──────────┴────────┬──────────┴──┬────────┬─┴───────┐
+//	compacted │ header │ kept clusters │ records of these  │ CRC table   │ kept   │ trailer │
+//	          └────────┴───────────────┴───────────────────┴─────────────┴────────┴─────────┘
 //
 // Everything begins at a multiple of 4096 bytes; little endian throughout. While
 // the SCO is open the records lie behind room for all its clusters. A SCO that
@@ -20,14 +22,27 @@
 // The CRC table repeats the CRC32C of each cluster, four bytes each, so that a
 // partial read can be verified by reading one page more.
 //
+// A compacted SCO is a later generation of a sealed one, which it replaces. It holds
+// the clusters that something still refers to, in the same order, and nothing
+// between them. The table of kept clusters has one bit for each cluster below the
+// span of the original, set if it is there: bit i%8 of byte i/8 for cluster i.
+// Records go on naming clusters by the index that they have had from the beginning;
+// a cluster lies at the place, from 0 on, that is the number of bits set before its
+// own. Kept are the Open record and those with the data of kept clusters, numbered
+// anew. Such a SCO stands for all that its records say only to those who do not
+// replay it.
+//
 // header (4096 bytes): "SCORIASC", version u32, clusters capacity u32, volume
-// UUID 16, SCO number u64, epoch u64, record capacity u32, CRC32C u32 of what
-// precedes; rest zero.
+// UUID 16, SCO number u64, epoch u64, record capacity u32, in version 2 generation
+// u32, CRC32C u32 of what precedes; rest zero.
 //
 // trailer (4096 bytes): "SCORIAEN", version u32, clusters u32, volume UUID 16,
 // SCO number u64, epoch u64, records u32, CRC32C of the records u32, record
-// offset u64, CRC table offset u64, CRC32C of the CRC table u32, CRC32C u32 of
-// what precedes; rest zero.
+// offset u64, CRC table offset u64, CRC32C of the CRC table u32, generation u32, in
+// version 2 span u32 and CRC32C of the table of kept clusters u32, CRC32C u32 of what
+// precedes; rest zero.
+//
+// Version 2 is a compacted SCO's, version 1 that of all others (generation 0).
 package sco
 
 import (
@@ -45,8 +60,9 @@ import (
 // Page is the alignment of everything in a SCO, and the size of a cluster, in bytes.
 const Page = 4096
 
-// Version of the format that this package writes. It reads all up to it.
-const Version = 1
+// Version of the format that this package writes for compacted SCOs; others have
+// version 1. It reads both.
+const Version = 2
 
 // Limits of what decoders accept.
 const (
@@ -58,7 +74,9 @@ const (
 	headerMagic  = "SCORIASC"
 	trailerMagic = "SCORIAEN"
 	headerLen    = 56
+	headerLen2   = 60
 	trailerLen   = 84
+	trailerLen2  = 92
 )
 
 // ErrFormat: the bytes are not a header or trailer of this format.
@@ -73,6 +91,7 @@ type Header struct {
 	Epoch        uint64
 	ClustersCap  uint32
 	RecordsLimit uint32
+	Generation   uint32 // 0 unless it is compacted
 }
 
 // Trailer ends a sealed SCO.
@@ -86,10 +105,31 @@ type Trailer struct {
 	CRCsCRC    uint32
 	RecordOff  int64
 	CRCOff     int64
+
+	Generation uint32 // 0 unless it is compacted; then also:
+	Span       uint32 // how many clusters it had before it was ever compacted
+	KeptCRC    uint32 // of the table of kept clusters
 }
 
 // Size is the length in bytes of the sealed SCO.
-func (t *Trailer) Size() int64 { return t.CRCOff + CRCTableBytes(t.Clusters) + Page }
+func (t *Trailer) Size() int64 {
+	if t.Generation > 0 {
+		return t.KeptOff() + KeptBytes(t.Span) + Page
+	}
+	return t.CRCOff + CRCTableBytes(t.Clusters) + Page
+}
+
+// KeptOff is where a compacted SCO has the table of kept clusters.
+func (t *Trailer) KeptOff() int64 { return t.CRCOff + CRCTableBytes(t.Clusters) }
+
+// ReadKept reads and verifies the table of kept clusters of a compacted SCO.
+func (t *Trailer) ReadKept(r io.ReaderAt) (*Kept, error) {
+	k, err := ReadKept(r, t.KeptOff(), t.Span, t.Clusters, t.KeptCRC)
+	if err != nil {
+		return nil, fmt.Errorf("SCO %d: %w", t.Number, err)
+	}
+	return k, nil
+}
 
 // RoundUp rounds n up to whole pages.
 func RoundUp(n int64) int64 { return (n + Page - 1) &^ (Page - 1) }
@@ -127,37 +167,79 @@ func (h *Header) Encode() []byte {
 	b := make([]byte, Page)
 	copy(b, headerMagic)
 	le := binary.LittleEndian
-	le.PutUint32(b[8:], Version)
+	le.PutUint32(b[8:], version(h.Generation))
 	le.PutUint32(b[12:], h.ClustersCap)
 	copy(b[16:32], h.Volume[:])
 	le.PutUint64(b[32:], h.Number)
 	le.PutUint64(b[40:], h.Epoch)
 	le.PutUint32(b[48:], h.RecordsLimit)
-	le.PutUint32(b[52:], crc32.Checksum(b[:52], castagnoli))
+	if h.Generation > 0 {
+		le.PutUint32(b[52:], h.Generation)
+	}
+	end := endOf(h.Generation, headerLen, headerLen2) - 4
+	le.PutUint32(b[end:], crc32.Checksum(b[:end], castagnoli))
 	return b
+}
+
+// version is that of the format of a generation.
+func version(generation uint32) uint32 {
+	if generation > 0 {
+		return 2
+	}
+	return 1
+}
+
+// endOf picks by version: first unless the SCO is compacted.
+func endOf(generation uint32, first, second int) int {
+	if generation > 0 {
+		return second
+	}
+	return first
 }
 
 // DecodeHeader verifies and decodes the first page of a SCO.
 func DecodeHeader(b []byte) (h Header, err error) {
-	if len(b) < headerLen || string(b[:8]) != headerMagic {
-		return h, fmt.Errorf("SCO header: %w: wrong magic", ErrFormat)
-	}
 	le := binary.LittleEndian
-	if v := le.Uint32(b[8:]); v == 0 || v > Version {
-		return h, fmt.Errorf("SCO header: %w: version %d, this program reads up to %d", ErrFormat, v, Version)
-	}
-	if crc32.Checksum(b[:52], castagnoli) != le.Uint32(b[52:]) {
-		return h, fmt.Errorf("SCO header: %w: checksum", ErrFormat)
+	v, err := checkPage(b, headerMagic, headerLen, headerLen2)
+	if err != nil {
+		return h, fmt.Errorf("SCO header: %w", err)
 	}
 	h = Header{
 		ClustersCap: le.Uint32(b[12:]), Number: le.Uint64(b[32:]),
 		Epoch: le.Uint64(b[40:]), RecordsLimit: le.Uint32(b[48:]),
 	}
 	copy(h.Volume[:], b[16:32])
+	if v == 2 {
+		if h.Generation = le.Uint32(b[52:]); h.Generation == 0 {
+			return h, fmt.Errorf("SCO header: %w: compacted, and of generation 0", ErrFormat)
+		}
+	}
 	if h.ClustersCap == 0 || h.ClustersCap > MaxClusters || h.RecordsLimit == 0 || h.RecordsLimit > MaxRecords {
 		return h, fmt.Errorf("SCO header: %w: room for %d clusters and %d records", ErrFormat, h.ClustersCap, h.RecordsLimit)
 	}
 	return h, nil
+}
+
+// checkPage verifies magic, version and checksum of a header or trailer, whose
+// length with the checksum depends on the version.
+func checkPage(b []byte, magic string, len1, len2 int) (version uint32, err error) {
+	if len(b) < len1 || string(b[:8]) != magic {
+		return 0, fmt.Errorf("%w: wrong magic", ErrFormat)
+	}
+	version = binary.LittleEndian.Uint32(b[8:])
+	end := len1 - 4
+	switch {
+	case version == 0 || version > Version:
+		return 0, fmt.Errorf("%w: version %d, this program reads up to %d", ErrFormat, version, Version)
+	case version == 2 && len(b) < len2:
+		return 0, fmt.Errorf("%w: it ends early", ErrFormat)
+	case version == 2:
+		end = len2 - 4
+	}
+	if crc32.Checksum(b[:end], castagnoli) != binary.LittleEndian.Uint32(b[end:]) {
+		return 0, fmt.Errorf("%w: checksum", ErrFormat)
+	}
+	return version, nil
 }
 
 // Encode returns the trailer's page.
@@ -165,7 +247,7 @@ func (t *Trailer) Encode() []byte {
 	b := make([]byte, Page)
 	copy(b, trailerMagic)
 	le := binary.LittleEndian
-	le.PutUint32(b[8:], Version)
+	le.PutUint32(b[8:], version(t.Generation))
 	le.PutUint32(b[12:], t.Clusters)
 	copy(b[16:32], t.Volume[:])
 	le.PutUint64(b[32:], t.Number)
@@ -175,21 +257,22 @@ func (t *Trailer) Encode() []byte {
 	le.PutUint64(b[56:], uint64(t.RecordOff))
 	le.PutUint64(b[64:], uint64(t.CRCOff))
 	le.PutUint32(b[72:], t.CRCsCRC)
-	le.PutUint32(b[80:], crc32.Checksum(b[:80], castagnoli))
+	le.PutUint32(b[76:], t.Generation)
+	if t.Generation > 0 {
+		le.PutUint32(b[80:], t.Span)
+		le.PutUint32(b[84:], t.KeptCRC)
+	}
+	end := endOf(t.Generation, trailerLen, trailerLen2) - 4
+	le.PutUint32(b[end:], crc32.Checksum(b[:end], castagnoli))
 	return b
 }
 
 // DecodeTrailer verifies and decodes the last page of a sealed SCO of that size.
 func DecodeTrailer(b []byte, size int64) (t Trailer, err error) {
-	if len(b) < trailerLen || string(b[:8]) != trailerMagic {
-		return t, fmt.Errorf("SCO trailer: %w: wrong magic", ErrFormat)
-	}
 	le := binary.LittleEndian
-	if v := le.Uint32(b[8:]); v == 0 || v > Version {
-		return t, fmt.Errorf("SCO trailer: %w: version %d, this program reads up to %d", ErrFormat, v, Version)
-	}
-	if crc32.Checksum(b[:80], castagnoli) != le.Uint32(b[80:]) {
-		return t, fmt.Errorf("SCO trailer: %w: checksum", ErrFormat)
+	v, err := checkPage(b, trailerMagic, trailerLen, trailerLen2)
+	if err != nil {
+		return t, fmt.Errorf("SCO trailer: %w", err)
 	}
 	t = Trailer{
 		Clusters: le.Uint32(b[12:]), Number: le.Uint64(b[32:]), Epoch: le.Uint64(b[40:]),
@@ -197,6 +280,12 @@ func DecodeTrailer(b []byte, size int64) (t Trailer, err error) {
 		RecordOff: int64(le.Uint64(b[56:])), CRCOff: int64(le.Uint64(b[64:])), CRCsCRC: le.Uint32(b[72:]),
 	}
 	copy(t.Volume[:], b[16:32])
+	if v == 2 {
+		t.Generation, t.Span, t.KeptCRC = le.Uint32(b[76:]), le.Uint32(b[80:]), le.Uint32(b[84:])
+		if t.Generation == 0 || t.Span == 0 || t.Span > MaxClusters || t.Clusters > t.Span {
+			return t, fmt.Errorf("SCO trailer: %w: generation %d, %d of %d clusters", ErrFormat, t.Generation, t.Clusters, t.Span)
+		}
+	}
 	if t.Clusters > MaxClusters || t.Records == 0 || t.Records > MaxRecords ||
 		t.RecordOff < DataOff(t.Clusters) || t.RecordOff > DataOff(MaxClusters) || t.RecordOff%Page != 0 ||
 		t.CRCOff != t.RecordOff+RecordBytes(t.Records) || t.Size() != size {
@@ -266,14 +355,39 @@ func (h *Header) Footer(clusters, records uint32, encoded []byte, crcs []uint32)
 		RecordOff: h.SealedRecordOff(clusters, records),
 	}
 	t.CRCOff = t.RecordOff + RecordBytes(records)
+	return t, t.footer(encoded, crcs, nil)
+}
+
+// CompactFooter builds what follows the clusters of a compacted SCO, at the returned
+// trailer's RecordOff. crcs are those of the kept clusters, in their order; records
+// are the Open record and those that name the kept clusters.
+func (h *Header) CompactFooter(kept *Kept, records []tlog.Record, crcs []uint32) (Trailer, []byte) {
+	t := Trailer{
+		Volume: h.Volume, Number: h.Number, Epoch: h.Epoch, Clusters: kept.Len(), Records: uint32(len(records)),
+		RecordOff: DataOff(kept.Len()), Generation: h.Generation, Span: kept.Span(),
+	}
+	t.CRCOff = t.RecordOff + RecordBytes(t.Records)
+	encoded := make([]byte, len(records)*tlog.Size)
+	key := tlog.Key(h.Volume, h.Number)
+	for i := range records {
+		tlog.Put(encoded[i*tlog.Size:], key, uint32(i), &records[i])
+	}
+	var table []byte
+	table, t.KeptCRC = kept.Encode()
+	return t, t.footer(encoded, crcs, table)
+}
+
+// footer fills in the checksums and builds what lies from RecordOff on.
+func (t *Trailer) footer(encoded []byte, crcs []uint32, kept []byte) []byte {
 	b := make([]byte, t.Size()-t.RecordOff)
-	n := copy(b, encoded[:records*tlog.Size])
+	n := copy(b, encoded[:t.Records*tlog.Size])
 	t.RecordsCRC = crc32.Checksum(b[:n], castagnoli)
 	tab := b[t.CRCOff-t.RecordOff:]
-	for i, c := range crcs[:clusters] {
+	for i, c := range crcs[:t.Clusters] {
 		binary.LittleEndian.PutUint32(tab[4*i:], c)
 	}
-	t.CRCsCRC = crc32.Checksum(tab[:4*clusters], castagnoli)
+	t.CRCsCRC = crc32.Checksum(tab[:4*t.Clusters], castagnoli)
+	copy(b[t.KeptOff()-t.RecordOff:], kept)
 	copy(b[len(b)-Page:], t.Encode())
-	return t, b
+	return b
 }
