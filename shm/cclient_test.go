@@ -1,9 +1,12 @@
 package shm
 
 import (
+	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +15,7 @@ import (
 	"time"
 
 	"scoria/driver/block/blocktest"
+	"scoria/shm/wire"
 )
 
 // cFlags are what the C client is built with in tests: any warning is an error,
@@ -103,6 +107,96 @@ func TestP3CClientReconnects(t *testing.T) {
 				restarts++
 			}
 		}
+	}
+}
+
+// waiter is the C client with a write under way that the device does not end,
+// once it has waited for it so many times for 1 ms and begins to wait for good.
+func (b *bed) waiter(t *testing.T, program string, times int) (pid int, result func() (hits, misses, sleeps int)) {
+	t.Helper()
+	cmd := exec.CommandContext(soon(t), program, b.path, testVolume, "wait", fmt.Sprint(times))
+	var problems bytes.Buffer
+	cmd.Stderr = &problems
+	pipe, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	out := bufio.NewReader(pipe)
+	if line, err := out.ReadString('\n'); err != nil || line != "waiting\n" {
+		err = errors.Join(err, cmd.Wait())
+		t.Fatalf("%q, %v\n%s", line, err, problems.String())
+	}
+	hurry(t, "write at the device", func() bool { return b.ram.Waiting() == 1 })
+	return cmd.Process.Pid, func() (hits, misses, sleeps int) {
+		t.Helper()
+		line, err := io.ReadAll(out)
+		if err = errors.Join(err, cmd.Wait()); err != nil {
+			t.Fatalf("%v\n%s", err, problems.String())
+		}
+		if _, err := fmt.Sscanf(string(line), "hits %d misses %d sleeps %d", &hits, &misses, &sleeps); err != nil {
+			t.Fatalf("%v: %s", err, line)
+		}
+		return hits, misses, sleeps
+	}
+}
+
+// switches returns whether a process of one thread sleeps, and how often it has
+// given its CPU away or lost it: a process for which that stays has not run.
+func switches(t *testing.T, pid int) (asleep bool, count string) {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(status)) {
+		if strings.HasPrefix(line, "State:") {
+			asleep = strings.Contains(line, "S (")
+		}
+		if strings.Contains(line, "ctxt_switches") {
+			count += line
+		}
+	}
+	return asleep, count
+}
+
+// TestCClientThatWaitsUsesNoCPU: it polls once, in vain, sleeps once, and does
+// not run before its write has ended.
+func TestCClientThatWaitsUsesNoCPU(t *testing.T) {
+	program := buildC(t, compilers(t)[0], "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+	b := newBed(t, blocktest.Options{}, nil)
+	resume := b.ram.Stall()
+	pid, result := b.waiter(t, program, 0)
+	hurry(t, "sleep of the client", func() bool { asleep, _ := switches(t, pid); return asleep })
+	_, before := switches(t, pid)
+	// What others do meanwhile wakes nobody.
+	r := b.dial(t)
+	r.must(wire.Hello, hello())
+	for range 200 {
+		r.must(wire.Stat, wire.Named{Name: testVolume}.Append(nil))
+	}
+	if _, after := switches(t, pid); after != before {
+		t.Errorf("the client ran while it waited:\n%s%s", before, after)
+	}
+	resume()
+	if hits, misses, sleeps := result(); hits != 0 || misses != 1 || sleeps != 1 {
+		t.Errorf("%d polls that paid, %d that did not, %d sleeps: want 0, 1, 1", hits, misses, sleeps)
+	}
+}
+
+// TestCClientPollsLessWhenItDoesNotPay: of a hundred waits in vain a few poll.
+func TestCClientPollsLessWhenItDoesNotPay(t *testing.T) {
+	program := buildC(t, compilers(t)[0])
+	b := newBed(t, blocktest.Options{}, nil)
+	resume := b.ram.Stall()
+	_, result := b.waiter(t, program, 100)
+	resume()
+	// Three windows, each a quarter of the one before, and probes after 16 and 32
+	// waits without polling.
+	if _, misses, sleeps := result(); misses > 5 || sleeps == 0 {
+		t.Errorf("%d polls in vain, %d sleeps: want at most 5, some", misses, sleeps)
 	}
 }
 

@@ -135,9 +135,13 @@ func exchange(t *testing.T, s *Server, c *Client, entries int) {
 				s.Push(Completion{Cookie: taken[i], Status: Status(taken[i] % 9)})
 				taken = slices.Delete(taken, i, i+1)
 			}
-			s.Publish()
+			for range 1 + rnd.IntN(2) { // the second time there is nothing new
+				s.Publish()
+			}
 			if s.NeedSignal() {
-				clientSleeps = false
+				if clientSleeps = false; n == 0 {
+					t.Fatal("the client was called for nothing")
+				}
 			} else if clientSleeps && n > 0 {
 				t.Fatal("a sleeping client was not called")
 			}
@@ -162,6 +166,29 @@ func exchange(t *testing.T, s *Server, c *Client, entries int) {
 		if got := len(submitted) + len(taken); got > underWay {
 			t.Fatalf("%d under way, but the client counts %d", got, underWay)
 		}
+	}
+}
+
+// A client that waits is not called because the server took its request, and is
+// called when there is an answer.
+func TestNoCallWithoutACompletion(t *testing.T) {
+	s, c, _ := pair(t, Layout{Entries: 4})
+	c.Add(Request{Cookie: 7})
+	c.Publish()
+	if n, err := s.Ready(); n != 1 || err != nil {
+		t.Fatal(n, err)
+	}
+	var r Request
+	s.Pop(&r)
+	if c.EnableCall() {
+		t.Fatal("a completion before there was one")
+	}
+	if s.Publish(); s.NeedSignal() {
+		t.Error("the client is called for nothing")
+	}
+	s.Push(Completion{Cookie: r.Cookie})
+	if s.Publish(); !s.NeedSignal() {
+		t.Error("the client is not called for its completion")
 	}
 }
 

@@ -23,6 +23,7 @@ type Server struct {
 	inFlight int    // taken and without a completion that is published
 	first    Completion
 	kicks    bool // the client was told that kicks are wanted
+	fresh    bool // published since NeedSignal was last asked
 	segments [MaxSegments]Segment
 }
 
@@ -127,12 +128,18 @@ func (s *Server) Publish() {
 	// again as soon as it sees it.
 	s.inFlight -= int(s.written - s.shown)
 	s.publishCompletion(s.shown&s.mask, s.first, s.shown+1)
-	s.shown = s.written
+	s.shown, s.fresh = s.written, true
 }
 
 // NeedSignal reports whether the client waits for a call, and takes the wish
-// back. It comes after Publish, which is its barrier.
+// back. It comes after Publish, which is its barrier. Where nothing was published
+// since it was last asked it reports false and leaves the wish: the client would
+// wake up to find nothing.
 func (s *Server) NeedSignal() bool {
+	if !s.fresh {
+		return false
+	}
+	s.fresh = false
 	return atomic.LoadUint32(s.callFlag) != 0 && atomic.SwapUint32(s.callFlag, 0) != 0
 }
 

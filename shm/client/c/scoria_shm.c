@@ -4,6 +4,12 @@
  *
  * Locks: a disk's mutex guards its socket. A ring has none: it is its thread's.
  * A ring whose epoch is not its disk's belongs to a connection that is gone.
+ *
+ * Waiting: a thread that waits looks at the ring for its window, and then sleeps
+ * until the server calls. The window doubles when polling finds a completion and
+ * shrinks to nothing when it does not, as is the case when the server shares the
+ * CPU or the device is slow; then, seldom, one whole window probes whether that
+ * changed. So what polling in vain costs is bounded, and who waits long sleeps.
  */
 #define _GNU_SOURCE
 #include "scoria_shm.h"
@@ -18,6 +24,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -37,6 +44,9 @@
 #define LIST_BYTES (SCORIA_MAX_PIECES * sizeof(struct segment))
 #define ANSWER_SECONDS 90 /* the server gives up first */
 #define CHECK_POLLS 4096  /* looks in vain before the socket is looked at */
+#define LOOKS_PER_CLOCK 16 /* looks at the ring before the clock is asked */
+#define PROBE_MIN 16	  /* waits without polling before one probes whether it pays */
+#define PROBE_MAX 2048	  /* the same after probes in vain */
 
 enum { HELLO = 1, OPEN, RING, CLOSE_RING, STAT, CREATE, RESIZE, LIST, SNAPSHOT, CHANGED = 100 };
 
@@ -97,6 +107,8 @@ struct scoria_ring {
 	uint64_t epoch;
 	uint32_t number;
 	int memfd, kick, call;
+	int alarm; /* epoll: the server calls, or its end of the connection is closed */
+	int peer;  /* the connection of this epoch, whatever other rings make of the disk's */
 	uint8_t *memory;
 	size_t bytes;
 	unsigned entries;
@@ -107,7 +119,10 @@ struct scoria_ring {
 	size_t user, arena_bytes; /* the caller's part, and the whole */
 	uint32_t added, shown, polled;
 	unsigned under_way, vain;
-	uint64_t order, poll_ns, window_ns;
+	uint64_t order;
+	uint64_t poll_ns, window_ns; /* the longest window, and the present one */
+	unsigned unpolled, probe_every; /* waits since the last probe, and how many there are to be */
+	struct scoria_ring_stats stats;
 	struct slot *slots;
 	uint16_t *free; /* stack of slots, entries - under_way of them */
 };
@@ -445,6 +460,31 @@ static int reconnect(struct scoria_disk *d, uint64_t epoch)
 
 /* ---- rings ---- */
 
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+/*
+ * Makes what the ring's thread sleeps on. Calls are edge-triggered, so that nobody
+ * has to read the count. The connection has a descriptor of the ring's own: another
+ * ring's thread may reconnect the disk before this one sees that it hung up.
+ */
+static int set_alarm(struct scoria_ring *r)
+{
+	struct epoll_event call = {.events = EPOLLIN | EPOLLET}, peer = {.events = EPOLLRDHUP, .data.u32 = 1};
+	close_fd(&r->alarm);
+	close_fd(&r->peer);
+	r->peer = fcntl(r->disk->fd, F_DUPFD_CLOEXEC, 0);
+	r->alarm = epoll_create1(EPOLL_CLOEXEC);
+	if (r->peer < 0 || r->alarm < 0 || epoll_ctl(r->alarm, EPOLL_CTL_ADD, r->call, &call) < 0 ||
+	    epoll_ctl(r->alarm, EPOLL_CTL_ADD, r->peer, &peer) < 0)
+		return fail_errno("watching the ring's eventfd");
+	return 0;
+}
+
 /* Asks for the ring: a new one, or one in the memory there is. The lock is held. */
 static int attach(struct scoria_ring *r)
 {
@@ -478,15 +518,13 @@ static int attach(struct scoria_ring *r)
 		pair = fds + 1;
 	}
 	memcpy(&r->number, body, 4);
-	if (r->kick >= 0)
-		close(r->kick);
-	if (r->call >= 0)
-		close(r->call);
+	close_fd(&r->kick);
+	close_fd(&r->call);
 	r->kick = pair[0];
 	r->call = pair[1];
 	r->epoch = d->epoch;
 	r->added = r->shown = r->polled = 0;
-	return 0;
+	return set_alarm(r);
 }
 
 static int map_memory(struct scoria_ring *r)
@@ -521,9 +559,9 @@ int scoria_ring_create(scoria_disk *d, unsigned entries, size_t arena, scoria_ri
 	if (!r)
 		return fail(-ENOMEM, "out of memory");
 	r->disk = d;
-	r->memfd = r->kick = r->call = -1;
+	r->memfd = r->kick = r->call = r->alarm = r->peer = -1;
 	r->entries = entries;
-	r->poll_ns = r->window_ns = 50000;
+	scoria_ring_set_poll(r, 50);
 	r->user = (arena + 4095) & ~(size_t)4095;
 	r->arena_bytes = (r->user + BOUNCE_BYTES + entries * LIST_BYTES + 4095) & ~(size_t)4095;
 	r->slots = calloc(entries, sizeof *r->slots);
@@ -561,9 +599,8 @@ void scoria_ring_destroy(scoria_ring *r)
 		pthread_mutex_unlock(&d->lock);
 		munmap(r->memory, r->bytes);
 	}
-	for (int *fd = (int[]){r->memfd, r->kick, r->call, -2}; *fd != -2; fd++)
-		if (*fd >= 0)
-			close(*fd);
+	for (int **fd = (int *[]){&r->memfd, &r->kick, &r->call, &r->alarm, &r->peer, NULL}; *fd; fd++)
+		close_fd(*fd);
 	free(r->slots);
 	free(r->free);
 	free(r);
@@ -576,7 +613,18 @@ void *scoria_ring_arena(scoria_ring *r, size_t *bytes)
 	return r->arena;
 }
 
-void scoria_ring_set_poll(scoria_ring *r, unsigned microseconds) { r->poll_ns = r->window_ns = microseconds * (uint64_t)1000; }
+void scoria_ring_set_poll(scoria_ring *r, unsigned microseconds)
+{
+	r->poll_ns = r->window_ns = microseconds * (uint64_t)1000;
+	r->unpolled = 0;
+	r->probe_every = PROBE_MIN;
+}
+
+void scoria_ring_get_stats(scoria_ring *r, struct scoria_ring_stats *stats, size_t size)
+{
+	memset(stats, 0, size);
+	memcpy(stats, &r->stats, size < sizeof r->stats ? size : sizeof r->stats);
+}
 
 static void signal_fd(int fd)
 {
@@ -725,32 +773,99 @@ static unsigned reap(struct scoria_ring *r, struct scoria_completion *out, unsig
 	return n;
 }
 
-/* Sleeps until the server calls, hangs up, or time is up. */
+static bool completed(const struct scoria_ring *r)
+{
+	return atomic_load(&r->complete[r->polled & (r->entries - 1)].sequence) == r->polled + 1;
+}
+
+/* Sleeps until the server calls, hangs up (-ECONNRESET), or time, in ms, is up (-ETIMEDOUT; negative: never). */
 static int sleep_for_call(struct scoria_ring *r, int timeout)
 {
-	struct done *next = &r->complete[r->polled & (r->entries - 1)];
-	struct pollfd p[2] = {{.fd = r->call, .events = POLLIN}, {.fd = r->disk->fd, .events = POLLRDHUP}};
-	uint64_t count;
+	struct epoll_event events[2];
 	int err = 0;
 	atomic_store(r->call_flag, 1);
-	if (atomic_load(&next->sequence) != r->polled + 1) {
-		if (poll(p, 2, timeout) < 0 && errno != EINTR)
-			return fail_errno("poll");
-		if ((p[1].revents & (POLLHUP | POLLRDHUP | POLLERR)) && atomic_load(&next->sequence) != r->polled + 1)
-			err = -ECONNRESET;
-		if (p[0].revents & POLLIN) {
-			ssize_t n = read(r->call, &count, sizeof count);
-			(void)n; /* it is there to be emptied */
-		}
+	if (!completed(r)) {
+		int n = epoll_wait(r->alarm, events, 2, timeout);
+		r->stats.sleeps++;
+		if (n < 0 && errno != EINTR)
+			return fail_errno("epoll_wait");
+		if (n == 0 && !completed(r))
+			err = -ETIMEDOUT;
+		for (int i = 0; i < n; i++)
+			if (events[i].data.u32 == 1 && !completed(r))
+				err = -ECONNRESET;
 	}
 	atomic_store_explicit(r->call_flag, 0, memory_order_relaxed);
 	return err;
 }
 
+static void poll_hit(struct scoria_ring *r)
+{
+	uint64_t wider = 2 * r->window_ns > r->poll_ns / 8 ? 2 * r->window_ns : r->poll_ns / 8;
+	r->window_ns = wider < r->poll_ns ? wider : r->poll_ns;
+	r->probe_every = PROBE_MIN;
+	r->stats.poll_hits++;
+}
+
+static void poll_missed(struct scoria_ring *r, bool probe)
+{
+	if (probe)
+		r->probe_every = 2 * r->probe_every < PROBE_MAX ? 2 * r->probe_every : PROBE_MAX;
+	else
+		r->window_ns = r->window_ns / 4 < r->poll_ns / 32 ? 0 : r->window_ns / 4;
+	r->stats.poll_misses++;
+}
+
+static void relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+	__builtin_ia32_pause();
+#endif
+}
+
+/*
+ * Waits for a completion, by polling and then once by sleeping, after which there
+ * need not be one. -ETIMEDOUT after deadline, ns on the clock (0: none);
+ * -ECONNRESET if the ring has to move to another connection.
+ */
+static int await(struct scoria_ring *r, uint64_t deadline)
+{
+	bool probe = !r->window_ns && r->poll_ns && ++r->unpolled >= r->probe_every;
+	uint64_t window = probe ? r->poll_ns : r->window_ns, end = 0, now = 0;
+	int left = -1;
+	while (window && (!end || now < end)) {
+		for (unsigned i = 0; i < LOOKS_PER_CLOCK; i++) {
+			if (completed(r)) {
+				poll_hit(r);
+				return 0;
+			}
+			relax();
+		}
+		now = now_ns();
+		if (!end)
+			end = now + window;
+		if (deadline && now >= deadline)
+			return -ETIMEDOUT;
+	}
+	if (probe)
+		r->unpolled = 0;
+	if (window)
+		poll_missed(r, probe);
+	if (deadline) {
+		now = now_ns();
+		if (now >= deadline)
+			return -ETIMEDOUT;
+		left = (int)((deadline - now) / 1000000u) + 1;
+	}
+	if (r->epoch != atomic_load(&r->disk->epoch))
+		return -ECONNRESET;
+	return sleep_for_call(r, left);
+}
+
 int scoria_wait(scoria_ring *r, struct scoria_completion *out, unsigned min, unsigned max, int timeout)
 {
-	uint64_t begin = 0, limit = timeout < 0 ? 0 : (uint64_t)timeout * 1000000u;
-	unsigned n, spins = 0;
+	uint64_t deadline = 0;
+	unsigned n;
 	publish(r);
 	if (min > max)
 		min = max;
@@ -762,37 +877,17 @@ int scoria_wait(scoria_ring *r, struct scoria_completion *out, unsigned min, uns
 		if (err)
 			return err;
 	}
+	if (n < min && timeout >= 0)
+		deadline = now_ns() + (uint64_t)timeout * 1000000u;
 	while (n < min) {
-		unsigned got = reap(r, out + n, max - n);
-		uint64_t spent;
-		int err = 0, left = -1;
-		if (got) {
-			n += got;
-			if (begin && spins)
-				r->window_ns = 2 * r->window_ns < r->poll_ns ? 2 * r->window_ns : r->poll_ns;
-			continue;
-		}
-		if (!begin)
-			begin = now_ns();
-		if (++spins % 16)
-			continue;
-		spent = now_ns() - begin;
-		if (timeout >= 0 && spent >= limit)
-			return (int)n;
-		if (spent < r->window_ns)
-			continue;
-		r->window_ns = r->window_ns / 2 > r->poll_ns / 16 ? r->window_ns / 2 : r->poll_ns / 16; /* polling was in vain */
-		spins = 0;
-		if (timeout >= 0)
-			left = (int)((limit - spent) / 1000000u) + 1;
-		if (r->epoch != atomic_load(&r->disk->epoch))
-			err = -ECONNRESET;
-		else
-			err = sleep_for_call(r, left);
+		int err = await(r, deadline);
+		if (err == -ETIMEDOUT)
+			break;
 		if (err == -ECONNRESET)
 			err = recover(r);
 		if (err)
 			return n ? (int)n : err;
+		n += reap(r, out + n, max - n);
 	}
 	return (int)n;
 }

@@ -71,6 +71,12 @@ struct scoria_completion {
 	int result;   /* 0 or a negative errno value */
 };
 
+struct scoria_ring_stats {
+	uint64_t poll_hits;   /* waits that polling made short */
+	uint64_t poll_misses; /* waits that polling did not end */
+	uint64_t sleeps;      /* times that the thread slept in the kernel */
+};
+
 /* The words for this thread's last error. Never NULL. */
 SCORIA_API const char *scoria_error(void);
 
@@ -89,8 +95,13 @@ SCORIA_API int scoria_ring_create(scoria_disk *disk, unsigned entries, size_t ar
 SCORIA_API void scoria_ring_destroy(scoria_ring *ring);
 /* The arena: memory that data goes to and from without a copy. It stays where it is. */
 SCORIA_API void *scoria_ring_arena(scoria_ring *ring, size_t *bytes);
-/* Longest time that scoria_wait polls before it sleeps, in microseconds; 50 at first. */
+/*
+ * Longest time that scoria_wait polls before it sleeps, in microseconds; 50 at
+ * first, 0: never. It polls that long only while that finds completions.
+ */
 SCORIA_API void scoria_ring_set_poll(scoria_ring *ring, unsigned microseconds);
+/* How the ring's waits went; size is sizeof(struct scoria_ring_stats). From the ring's thread. */
+SCORIA_API void scoria_ring_get_stats(scoria_ring *ring, struct scoria_ring_stats *stats, size_t size);
 
 /*
  * Asynchronous use. scoria_submit adds a request; the server sees it after

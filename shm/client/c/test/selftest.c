@@ -1,6 +1,8 @@
 /*
  * Tests of the C client against a server: selftest SOCKET VOLUME, or
- * selftest SOCKET VOLUME verify ROUNDS for a load that checks what it reads.
+ * selftest SOCKET VOLUME verify ROUNDS for a load that checks what it reads, or
+ * selftest SOCKET VOLUME wait TIMES for a write that is waited for, first for 1 ms
+ * so many times, and then for good.
  */
 #include "scoria_shm.h"
 
@@ -177,6 +179,21 @@ static void verify(scoria_disk *d, scoria_ring *r, unsigned rounds)
 	free(model);
 }
 
+static void test_wait(scoria_ring *r, int times)
+{
+	struct scoria_completion c;
+	struct scoria_ring_stats st;
+	CHECK(scoria_submit(r, SCORIA_WRITE, 0, 0, BLOCK, scoria_ring_arena(r, NULL), NULL) == 0);
+	for (int i = 0; i < times; i++)
+		CHECK(scoria_wait(r, &c, 1, 1, 1) == 0);
+	puts("waiting");
+	fflush(stdout);
+	CHECK(scoria_wait(r, &c, 1, 1, -1) == 1 && c.result == 0);
+	scoria_ring_get_stats(r, &st, sizeof st);
+	printf("hits %llu misses %llu sleeps %llu\n", (unsigned long long)st.poll_hits, (unsigned long long)st.poll_misses,
+	       (unsigned long long)st.sleeps);
+}
+
 int main(int argc, char **argv)
 {
 	scoria_disk *d, *second;
@@ -185,7 +202,9 @@ int main(int argc, char **argv)
 		return 2;
 	CHECK(scoria_open(&d, argv[1], argv[2], 0) == 0);
 	CHECK(scoria_ring_create(d, DEPTH, DEPTH * BLOCK, &r) == 0);
-	if (argc > 4) {
+	if (argc > 4 && !strcmp(argv[3], "wait")) {
+		test_wait(r, atoi(argv[4]));
+	} else if (argc > 4) {
 		verify(d, r, (unsigned)atoi(argv[4]));
 	} else {
 		CHECK(scoria_open(&second, argv[1], argv[2], 0) == -EBUSY);
