@@ -79,7 +79,7 @@ func startQSD(ctx context.Context, socket string, cpu, pollNs int, node ...strin
 	if s.proc, err = startPinned(cpu, "qemu-storage-daemon", args...); err != nil {
 		return nil, fmt.Errorf("%w (Debian and Ubuntu: apt install qemu-system-common)", err)
 	}
-	if err := s.proc.waitFor(ctx, "socket", exists(s.socket)); err != nil {
+	if err := s.proc.waitFor(ctx, "socket", func() bool { return client.Listening(s.socket) }); err != nil {
 		s.proc.stop()
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"scoria/integration/shmtools"
+	"scoria/vhost/client"
 	"scoria/vhost/client/load"
 )
 
@@ -163,7 +164,7 @@ func (b *bench) shmSides(ctx context.Context) (sides []*shmSide, stop func(), er
 		return nil, stop, err
 	}
 	procs = append(procs, kit)
-	if err := kit.waitFor(ctx, "socket", exists(socket)); err != nil {
+	if err := kit.waitFor(ctx, "socket", func() bool { return client.Listening(socket) }); err != nil {
 		return nil, stop, err
 	}
 	return []*shmSide{

@@ -10,6 +10,7 @@ import (
 
 	"scoria/integration/bed"
 	"scoria/integration/guest"
+	"scoria/vhost/client"
 )
 
 // TestGuestOnPeer holds the test bed itself: image, init, job port and monitor
@@ -44,8 +45,7 @@ func TestGuestOnPeer(t *testing.T) {
 	}
 	t.Cleanup(func() { qsd.Kill() })
 	if err := bed.Poll(ctx, 10*time.Millisecond, "the peer's socket", func() (bool, error) {
-		_, err := os.Stat(sock)
-		return err == nil, qsd.Dead()
+		return client.Listening(sock), qsd.Dead()
 	}); err != nil {
 		t.Fatal(err)
 	}

@@ -69,7 +69,7 @@ func (s *qsd) start() {
 		s.t.Fatal(err)
 	}
 	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(5 * time.Millisecond) {
-		if _, err := os.Stat(s.socket); err == nil {
+		if Listening(s.socket) {
 			return
 		}
 		if time.Now().After(end) {
