@@ -78,13 +78,38 @@ func TestShmNbdkit(t *testing.T) {
 	e.nbdkit(built, "v", fmt.Sprintf("qemu-img compare -f raw -F raw %s $uri", image))
 	e.nbdkit(built, "v", fmt.Sprintf("qemu-img convert -n -f raw -O raw %s $uri && qemu-img compare -f raw -F raw %s $uri", image, image))
 	info := e.nbdkit(built, "v", "nbdinfo $uri")
-	for _, want := range []string{"can_fua: true", "can_multi_conn: true", "can_trim: true", "block_size_minimum: 512"} {
+	for _, want := range []string{"can_fua: true", "can_multi_conn: true", "can_trim: true", "block_size_minimum: 1\n"} {
 		if !strings.Contains(info, want) {
 			t.Errorf("nbdinfo does not say %q:\n%s", want, info)
 		}
 	}
 	// What came through shared memory is the same through the helper socket.
 	e.run("qemu-img", "compare", "-f", "raw", "-F", "raw", image, e.NBD("v"))
+}
+
+// TestShmNbdkitUnaligned: requests through the plugin begin and end at any byte,
+// whatever the volume's block, and change nothing beside what they say; several
+// at once that share blocks lose nothing of each other's.
+func TestShmNbdkitUnaligned(t *testing.T) {
+	built := shmTools(t)
+	e := start(t)
+	script := " -c 'write -P 0x11 0 1M' -c 'write -P 0x22 1 1' -c 'write -P 0x33 4095 2' -c 'write -P 0x44 8192 4097' -c 'write -f -P 0x55 20001 30000'" +
+		" -c 'write -P 0x66 65000 536' -c 'write -z 70001 3' -c 'write -z 80000 9001' -c 'write -z -u 100001 99999' -c 'aio_write -P 0x77 300001 250' -c 'aio_write -P 0x88 300251 250' -c aio_flush"
+	for _, block := range []string{"512", "4096"} {
+		volume := "v" + block
+		e.ok(e.CLI(e.ctx, "volume", "create", volume, "--size", "4M", "--block-size", block))
+		model := filepath.Join(e.DataDir, "model"+block)
+		e.must(os.WriteFile(model, nil, 0o600))
+		e.must(os.Truncate(model, 4<<20))
+		e.run("sh", "-c", "qemu-io -f raw "+model+script)
+		e.nbdkit(built, volume, "qemu-io -f raw $uri"+script+" && qemu-img compare -f raw -F raw $uri "+model)
+		// Whole blocks are gone, the rest of the range is not.
+		e.nbdkit(built, volume, "qemu-io -f raw $uri -c 'discard 524289 20000' -c 'read -P 0x11 524288 2' -c 'read -P 0 528384 8192' -c 'read -P 0x11 544288 1' -c 'read -P 0x11 544289 4096'")
+		e.nbdkit(built, volume, "fio --name=job --ioengine=nbd --uri=$uri --rw=randwrite --bs=300 --iodepth=16 --size=600000 --verify=crc32c --verify_state_save=0 --aux-path="+e.DataDir)
+		odd, back := filepath.Join(e.DataDir, "odd"), filepath.Join(e.DataDir, "back")
+		e.must(os.WriteFile(odd, []byte(strings.Repeat("odd sizes", 111_111)), 0o600))
+		e.nbdkit(built, volume, fmt.Sprintf("nbdcopy %s $uri && nbdcopy $uri %s && cmp -n 999999 %s %s", odd, back, odd, back))
+	}
 }
 
 // TestP3ShmDaemonKilled: kill -9 of the daemon, again and again, under clients
