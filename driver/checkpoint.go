@@ -63,7 +63,8 @@ type checkpoints struct {
 	pinned  map[uint32]bool   // own page objects that snapshots refer to
 	queue   []*publication    // roots of snapshots that go to the store, oldest first
 	gone    map[uint64]uint64 // sequence of a snapshot that is no more → of the first root without it
-	dropped []seqRange        // snapshots that rollbacks dropped
+	dropped []seqRange        // snapshots that are gone for good; see dropped.go
+	unclear map[uint64]bool   // snapshots whose roots are missing or can't be read: neither dropped nor known
 	owes    atomic.Bool       // something still has to be done in the store
 }
 
@@ -90,7 +91,7 @@ func (v *Volume) mapDir() string          { return v.dir + "/map" }
 func (v *Volume) mapPath(n string) string { return v.mapDir() + "/" + n }
 
 func newCheckpoints(v *Volume) *checkpoints {
-	c := &checkpoints{v: v, inStore: map[uint32]bool{}, pinned: map[uint32]bool{}, gone: map[uint64]uint64{}}
+	c := &checkpoints{v: v, inStore: map[uint32]bool{}, pinned: map[uint32]bool{}, gone: map[uint64]uint64{}, unclear: map[uint64]bool{}}
 	c.work, c.stop = context.WithCancel(v.ctx)
 	c.reader = lba.NewObjectReader(v.cfg.ID, c.openPages)
 	c.stored = lba.NewObjectReader(v.cfg.ID, c.openStoredPages)
@@ -318,17 +319,37 @@ func (c *checkpoints) write(ctx context.Context, ck *lba.Checkpoint, n *newRoot)
 	if err != nil {
 		return err
 	}
-	if n.snapshot != nil {
-		if err := c.writeRoot(snapName(c.sequence+1), buf, nil); err != nil {
-			c.removeMapFile(snapName(c.sequence + 1))
-			return err
-		}
+	if n.snapshot == nil {
+		return c.writeRoot(rootName(c.sequence+1), buf, &tried)
 	}
-	err = c.writeRoot(rootName(c.sequence+1), buf, &tried)
-	if err != nil && n.snapshot != nil {
-		c.removeMapFile(snapName(c.sequence + 1))
+	begun := false
+	err = c.writeRoot(snapName(c.sequence+1), buf, &begun)
+	if err == nil {
+		err = c.writeRoot(rootName(c.sequence+1), buf, &tried)
+	}
+	if err != nil && begun && !c.unmake() {
+		tried = true // it may still be there, and need its pages
 	}
 	return err
+}
+
+// unmake removes the root of a snapshot whose making has failed, and reports whether
+// it is gone for sure. The next root calls it dropped, in case it is not, and nothing
+// else gets its number.
+func (c *checkpoints) unmake() bool {
+	c.sequence++
+	fsys, name := c.v.eng.cfg.FS, snapName(c.sequence)
+	err := fsys.Remove(c.v.mapPath(name))
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
+		err = fsys.SyncDir(c.v.mapDir())
+	}
+	if err != nil {
+		c.v.log.Warn().Err(err).Str("file", name).Msg("root of a snapshot that could not be made is not removed yet")
+	}
+	c.dropped = c.withDropped(seqRange{c.sequence - 1, c.sequence + 1}, len(c.v.snaps))
+	c.overdue = true
+	c.owes.Store(true)
+	return err == nil
 }
 
 // syncLog makes the log durable. A snapshot that a full disk does not let in fails;
@@ -455,6 +476,9 @@ func (c *checkpoints) removeStale() {
 	}
 	for _, p := range c.queue {
 		keep[snapName(p.sequence)] = true
+	}
+	for seq := range c.unclear {
+		keep[snapName(seq)] = true
 	}
 	for _, p := range []*publication{c.pending, c.newest} {
 		if p == nil {

@@ -48,9 +48,13 @@ type VolumeConfig struct {
 	ReadOnly     bool
 	Epoch        uint64 // the owner's fencing number, at least 1
 	Store        Store
-	// Snapshots are those that exist, in any order: all that the registry has but
-	// those that are being deleted. Whatever else is found of snapshots is removed.
+	// Snapshots are those that the registry has, in any order, Deleting those of them
+	// whose deletion has begun: whoever opens the volume calls DeleteSnapshot for
+	// them. One that is in neither but whose root is there is adopted: Volume.Snapshots
+	// lists it, with the name that it was made with. One whose root says that it was
+	// deleted does not come back by being named.
 	Snapshots []Snapshot
+	Deleting  []Snapshot
 }
 
 // Limits of VolumeConfig.

@@ -78,7 +78,7 @@ func (f *family) clone(parent *world, s shot) error {
 		w.model = append(w.model, make([]byte, w.size-s.Size)...)
 		w.flushed = bytes.Clone(w.model)
 	}
-	w.cfg.ID, w.cfg.Name, w.cfg.Size, w.cfg.Snapshots = randomID(f.rng), fmt.Sprintf("default/clone%d", f.born), w.size, nil
+	w.cfg.ID, w.cfg.Name, w.cfg.Size, w.cfg.Snapshots, w.cfg.Deleting = randomID(f.rng), fmt.Sprintf("default/clone%d", f.born), w.size, nil, nil
 	f.note("clone %s of %s", w.cfg.Name, s.Name)
 	for range 1 + f.rng.IntN(2) { // it may be repeated
 		if err := f.worlds[0].eng.CreateClone(context.Background(), w.cfg, parent.vol, s.ID); err != nil {
@@ -264,7 +264,9 @@ func TestP2Family(t *testing.T) {
 			if err != nil || len(found) != len(w.shots) {
 				t.Fatalf("%s: found %+v, %v, want %d", f.where(), found, err, len(w.shots))
 			}
-			w.cfg.Snapshots = found
+			if w.rng.IntN(2) == 0 {
+				w.buried = nil
+			}
 		}
 		f.close()
 		f.goOn(f.worlds[0].fs, true)

@@ -33,29 +33,73 @@ func randomID(rng *rand.Rand) (id uuid.UUID) {
 	return id
 }
 
-// record tells the volume's next opening which snapshots exist.
-func (w *world) recordShots() {
-	w.cfg.Snapshots = nil
+// maxBuried bounds how many deleted snapshots a world remembers.
+const maxBuried = 20
+
+// readRegistry fills in what the next opening is told of snapshots. Often it is an
+// older copy, which lacks some that were made and names some that were deleted.
+func (w *world) readRegistry() {
+	w.cfg.Snapshots, w.cfg.Deleting = nil, w.dying
+	old := w.rng.IntN(2) == 0
 	for _, s := range w.shots {
-		w.cfg.Snapshots = append(w.cfg.Snapshots, s.Snapshot)
+		if !old || w.rng.IntN(2) == 0 {
+			w.cfg.Snapshots = append(w.cfg.Snapshots, s.Snapshot)
+		}
+	}
+	for _, s := range w.buried {
+		if old && w.rng.IntN(3) == 0 {
+			w.cfg.Snapshots = append(w.cfg.Snapshots, s)
+		}
 	}
 	w.rng.Shuffle(len(w.cfg.Snapshots), func(i, j int) {
 		w.cfg.Snapshots[i], w.cfg.Snapshots[j] = w.cfg.Snapshots[j], w.cfg.Snapshots[i]
 	})
 }
 
+// bury remembers snapshots that are gone for good.
+func (w *world) bury(gone ...driver.Snapshot) {
+	w.buried = append(w.buried, gone...)
+	w.buried = w.buried[max(0, len(w.buried)-maxBuried):]
+}
+
+// finishSnapshots does what the host does after an opening: a snapshot that was
+// being made may be there, one that was being deleted goes.
+func (w *world) finishSnapshots() {
+	w.t.Helper()
+	if m := w.making; m != nil {
+		w.making = nil
+		for _, s := range w.vol.Snapshots() {
+			if s.ID == m.ID {
+				if s.Name != m.Name || s.Metadata["n"] != m.Name {
+					w.t.Fatalf("%s: adopted %+v, made was %s", w.where(), s, m.Name)
+				}
+				w.shots = append(w.shots, shot{s, m.data})
+			}
+		}
+	}
+	for _, s := range w.dying {
+		if err := w.vol.DeleteSnapshot(context.Background(), s.ID); err != nil {
+			w.t.Fatalf("%s: finish the deletion of %s: %v", w.where(), s.Name, err)
+		}
+	}
+	w.bury(w.dying...)
+	w.dying = nil
+}
+
 func (w *world) snapshot() error {
 	name := fmt.Sprintf("s%d", len(w.trace))
 	w.note("snapshot %s", name)
-	s, err := w.vol.CreateSnapshot(context.Background(), randomID(w.rng), name, map[string]string{"n": name})
+	id := randomID(w.rng)
+	w.making = &shot{driver.Snapshot{ID: id, Name: name}, bytes.Clone(w.model)}
+	s, err := w.vol.CreateSnapshot(context.Background(), id, name, map[string]string{"n": name})
 	if err != nil {
 		return err
 	}
+	w.making = nil
 	if s.Size != w.vol.Info().Size || s.Name != name {
 		w.t.Fatalf("%s: made %+v", w.where(), s)
 	}
 	w.shots = append(w.shots, shot{s, bytes.Clone(w.model)})
-	w.recordShots()
 	w.settled()
 	return nil
 }
@@ -64,8 +108,13 @@ func (w *world) deleteShot(i int) error {
 	s := w.shots[i]
 	w.note("delete snapshot %s", s.Name)
 	w.shots = slices.Delete(w.shots, i, i+1)
-	w.recordShots() // it is being deleted
-	return w.vol.DeleteSnapshot(context.Background(), s.ID)
+	w.dying = append(w.dying, s.Snapshot)
+	if err := w.vol.DeleteSnapshot(context.Background(), s.ID); err != nil {
+		return err
+	}
+	w.bury(w.dying...)
+	w.dying = nil
+	return nil
 }
 
 // readShot compares part of a snapshot.
@@ -154,8 +203,12 @@ func (w *world) rolled() {
 	w.model = bytes.Clone(s.data)
 	w.resized(s.Size)
 	w.settled()
-	w.shots = slices.DeleteFunc(w.shots, func(o shot) bool { return o.Sequence > s.Sequence })
-	w.recordShots()
+	w.shots = slices.DeleteFunc(w.shots, func(o shot) bool {
+		if o.Sequence > s.Sequence {
+			w.bury(o.Snapshot)
+		}
+		return o.Sequence > s.Sequence
+	})
 }
 
 func (w *world) resized(size uint64) {
@@ -164,6 +217,8 @@ func (w *world) resized(size uint64) {
 
 // opened finishes what the registry could not while the volume was gone.
 func (w *world) opened() {
+	w.t.Helper()
+	w.finishSnapshots()
 	if w.rolling != nil {
 		// Either all later snapshots are there, or none is and it has happened. If
 		// there are none it shows in the data.
@@ -478,6 +533,5 @@ func TestSnapshotRefusals(t *testing.T) {
 		}
 	}
 	w.shots = nil
-	w.recordShots()
 	w.verifySpace()
 }

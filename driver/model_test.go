@@ -45,6 +45,9 @@ type world struct {
 	history []update // single effects since then, in log order
 	trace   []string
 	shots   []shot
+	making  *shot                // it is being made
+	dying   []driver.Snapshot    // are being deleted
+	buried  []driver.Snapshot    // were deleted or dropped
 	rolling *shot                // a rollback to it is under way
 	locked  func(uuid.UUID) bool // a clone builds on the snapshot
 }
@@ -96,6 +99,7 @@ func (w *world) start() {
 
 func (w *world) open() {
 	w.t.Helper()
+	w.readRegistry()
 	var err error
 	if w.vol, err = w.eng.OpenVolume(context.Background(), w.cfg); err != nil {
 		w.t.Fatalf("%s: %v", w.where(), err)

@@ -86,8 +86,7 @@ func (c *checkpoints) rollback(ctx context.Context, id uuid.UUID, force bool) er
 			objects = append(objects, o)
 		}
 	}
-	dropped := slices.DeleteFunc(slices.Clone(c.dropped), func(r seqRange) bool { return r.after >= s.Sequence })
-	dropped = append(dropped, seqRange{s.Sequence, c.sequence + 1})
+	dropped := c.withDropped(seqRange{s.Sequence, c.sequence + 1}, i+1)
 	encoded, err := (&rootBlob{scos: table, ancestry: v.Ancestors(), objects: objects, dropped: dropped}).encode()
 	if err != nil {
 		return err

@@ -25,11 +25,13 @@ import (
 // new snapshot pins what lies behind the one before it, and deleting a snapshot
 // concerns what lies between its two neighbours only.
 //
-// Order: creating writes the root, then the caller's record makes the snapshot
-// exist. Deleting begins with the caller's record; then comes a checkpoint whose
-// pins do without the snapshot, then its local root goes, and its root in the store
-// when that checkpoint has been published, before any SCO. Whatever a crash leaves
-// undone, the next opening does: it is told which snapshots exist.
+// Order: creating writes the root, which makes the snapshot exist; then comes the
+// caller's record. Deleting begins with the caller's record; then comes a checkpoint
+// that calls the snapshot dropped and whose pins do without it, then its local root
+// goes, and its root in the store when that checkpoint has been published, before any
+// SCO. Whatever a crash leaves undone of that the next opening does. What it finds
+// beyond what the caller names it adopts (snapshot_recover.go): nothing is deleted
+// because a record is missing.
 
 // Snapshot describes a snapshot. The registry keeps what CreateSnapshot returned.
 type Snapshot struct {
@@ -146,8 +148,8 @@ func liveCounts(scos []tableEntry) map[uint64]uint32 {
 }
 
 // CreateSnapshot makes a snapshot of the volume as it is now, with all writes that
-// have completed. It is durable on return; it exists when the caller has recorded
-// it, and is removed at the next opening otherwise. Guests wait for microseconds.
+// have completed. It exists and is durable on return; if the caller dies before it
+// has recorded it, the next opening finds it. Guests wait for microseconds.
 // It fails, with nothing left behind, if the disk is full. From any goroutine.
 func (v *Volume) CreateSnapshot(ctx context.Context, id uuid.UUID, name string, metadata map[string]string) (Snapshot, error) {
 	fail := func(err error) (Snapshot, error) {
@@ -216,7 +218,8 @@ func (v *Volume) Snapshots() []Snapshot {
 }
 
 // DeleteSnapshot removes a snapshot; no error if there is none. The caller has
-// recorded before that it is being deleted, and forgets it afterwards. It fails
+// recorded before that it is being deleted, and forgets it afterwards: on success a
+// durable root says that it is gone. It fails
 // with ErrSnapshotInUse while somebody reads it or an open clone builds on it.
 // The space comes back in the background. From any goroutine.
 func (v *Volume) DeleteSnapshot(ctx context.Context, id uuid.UUID) error {
@@ -269,7 +272,9 @@ func (c *checkpoints) dropSnapshots(ctx context.Context, from, to int) error {
 		c.queue = slices.DeleteFunc(c.queue, func(p *publication) bool { return p.sequence == s.Sequence })
 	}
 	c.repin(r)
+	gone := seqRange{v.snaps[from].Sequence - 1, v.snaps[to-1].Sequence + 1}
 	v.snaps = slices.Delete(v.snaps, from, to)
+	c.dropped = c.withDropped(gone, len(v.snaps))
 	for i := max(from-1, 0); i < min(from+1, len(v.snaps)); i++ {
 		v.snaps[i].aloneKnown = false // it has another neighbour
 	}

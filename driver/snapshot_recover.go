@@ -7,6 +7,9 @@ import (
 	"fmt"
 	"io/fs"
 	"slices"
+	"strings"
+
+	"github.com/google/uuid"
 
 	"scoria/driver/lba"
 )
@@ -30,37 +33,43 @@ func (f *foundSnaps) see(name string, stored bool) (sequence uint64, ok bool) {
 	return sequence, true
 }
 
+// sequences lists all of them, ascending.
+func (f *foundSnaps) sequences() []uint64 {
+	out := make([]uint64, 0, len(f.local)+len(f.stored))
+	for _, set := range []map[uint64]bool{f.local, f.stored} {
+		for seq := range set {
+			out = append(out, seq)
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
 // restoreSnapshots makes the snapshots known that exist, finishes what a crash left
-// of making, deleting and rolling back, and corrects what the root, which may be
-// older or newer, says about pins. Caller is alone.
+// of deleting and rolling back, and corrects what the root, which may be older or
+// newer, says about pins. Caller is alone.
+//
+// What exists is what the roots say: a snapshot's root that is there and that the
+// newest root does not call dropped. One that the caller does not name is adopted:
+// its record was not written yet, or is lost.
 func (v *Volume) restoreSnapshots(ctx context.Context, root *lba.Root, blob *rootBlob, found *foundSnaps) error {
 	c := v.ckpt
-	listed := slices.Clone(v.cfg.Snapshots)
-	slices.SortFunc(listed, func(a, b Snapshot) int { return cmp.Compare(a.Sequence, b.Sequence) })
-	exists := make(map[uint64]bool, len(listed))
-	for _, s := range listed {
-		switch seq := s.Sequence; {
-		case isDropped(blob.dropped, seq):
-			v.log.Warn().Str("snapshot", s.Name).Msg("a rollback has dropped this snapshot")
-			continue
-		case !found.local[seq] && !found.stored[seq]:
-			v.raise("missing-snapshot", "snapshot %s: its root is neither on the local disk nor in the store: it can't be read", s.Name)
-			continue
-		case exists[seq]:
-			return fmt.Errorf("snapshot %s: two have sequence number %d", s.Name, seq)
-		}
-		exists[s.Sequence] = true
+	c.dropped = blob.dropped
+	exists, err := v.knowListed(found)
+	if err != nil {
+		return err
+	}
+	adopted, err := v.adoptSnapshots(ctx, root.Sequence, found, exists)
+	if err != nil {
+		return err
+	}
+	slices.SortFunc(v.snaps, func(a, b *snapshotState) int { return cmp.Compare(a.Sequence, b.Sequence) })
+	for _, s := range v.snaps {
 		// A number at or below the last one of a snapshot says that the snapshot
 		// refers to the object if the volume does: none is used again.
 		c.object = max(c.object, s.LastObject)
-		v.snaps = append(v.snaps, &snapshotState{Snapshot: s})
 	}
-	for _, r := range blob.dropped {
-		if slices.ContainsFunc(listed, func(s Snapshot) bool { return r.contains(s.Sequence) }) {
-			c.dropped = append(c.dropped, r)
-		}
-	}
-	if err := v.correctPins(ctx, root.Sequence, exists, found); err != nil {
+	if err := v.correctPins(ctx, root, blob, adopted, exists, found); err != nil {
 		return err
 	}
 	for _, s := range v.snaps {
@@ -76,17 +85,122 @@ func (v *Volume) restoreSnapshots(ctx context.Context, root *lba.Root, blob *roo
 	return nil
 }
 
-// correctPins computes pins anew where those of the root can't be trusted: around
-// roots of no snapshot, which go, and from the first snapshot on that is newer.
-func (v *Volume) correctPins(ctx context.Context, newest uint64, exists map[uint64]bool, found *foundSnaps) error {
+// knowListed makes those snapshots known that the caller names and that are there.
+func (v *Volume) knowListed(found *foundSnaps) (exists map[uint64]bool, err error) {
 	c := v.ckpt
-	var doubt []uint64
-	for _, set := range []map[uint64]bool{found.local, found.stored} {
-		for seq := range set {
-			if !exists[seq] {
-				doubt = append(doubt, seq)
+	exists = make(map[uint64]bool, len(v.cfg.Snapshots))
+	know := func(s Snapshot, deleting bool) error {
+		switch seq := s.Sequence; {
+		case isDropped(c.dropped, seq):
+			v.log.Info().Str("snapshot", s.Name).Msg("this snapshot was deleted, or a rollback has dropped it")
+		case !found.local[seq] && !found.stored[seq]:
+			if !deleting {
+				c.unclear[seq] = true
+				v.raise("missing-snapshot", "snapshot %s: its root is neither on the local disk nor in the store: it can't be read", s.Name)
 			}
+		case exists[seq]:
+			return fmt.Errorf("snapshot %s: two have sequence number %d", s.Name, seq)
+		default:
+			exists[seq] = true
+			v.snaps = append(v.snaps, &snapshotState{Snapshot: s})
 		}
+		return nil
+	}
+	for _, s := range v.cfg.Snapshots {
+		if err := know(s, false); err != nil {
+			return nil, err
+		}
+	}
+	for _, s := range v.cfg.Deleting {
+		if err := know(s, true); err != nil {
+			return nil, err
+		}
+	}
+	return exists, nil
+}
+
+// adoptSnapshots makes those snapshots known that nobody names, as their roots
+// describe them. One whose root can't be read stays where it is.
+//
+// A root that is not older than a snapshot and does not keep all its pages was
+// written without it: an earlier version deleted it, which did not call it dropped.
+func (v *Volume) adoptSnapshots(ctx context.Context, newest uint64, found *foundSnaps, exists map[uint64]bool) (adopted []uint64, err error) {
+	c := v.ckpt
+	for _, seq := range found.sequences() {
+		if exists[seq] || isDropped(c.dropped, seq) {
+			continue
+		}
+		s, kept, err := v.describedBy(ctx, seq, newest)
+		if err == nil && !kept {
+			c.dropped = append(slices.Clone(c.dropped), seqRange{seq - 1, seq + 1})
+			continue
+		}
+		if err == nil && v.findSnapshot(s.ID) >= 0 {
+			err = fmt.Errorf("%s: a snapshot with its ID %s is named with another sequence number: %w", snapName(seq), s.ID, lba.ErrFormat)
+		}
+		switch {
+		case errors.As(err, new(*storeError)), ctx.Err() != nil:
+			return nil, errors.Join(err, ctx.Err())
+		case err != nil:
+			c.unclear[seq] = true
+			v.raise("damaged-snapshot", "there is a snapshot that is not recorded and whose root can't be read, so that it can't be recorded anew (%v); what it holds keeps its space until the snapshots around it are deleted", err)
+		default:
+			exists[seq] = true
+			adopted = append(adopted, seq)
+			v.snaps = append(v.snaps, &snapshotState{Snapshot: s})
+			v.log.Warn().Str("snapshot", s.Name).Stringer("id", s.ID).Time("created", s.Created).Msg("a snapshot that was not named is adopted")
+		}
+	}
+	return adopted, nil
+}
+
+// describedBy is the snapshot that a root describes, if all its pages are there, and
+// whether the newest root keeps those or is older.
+func (v *Volume) describedBy(ctx context.Context, seq, newest uint64) (s Snapshot, kept bool, err error) {
+	root, err := v.readRoot(ctx, snapName(seq))
+	if err != nil {
+		v.checksumTrouble(err)
+		return s, false, fmt.Errorf("%s: %w", snapName(seq), err)
+	}
+	blob, err := decodeBlob(root.Blob)
+	if err == nil && (root.Volume != v.cfg.ID || root.Sequence != seq || blob.snapshot == nil || blob.snapshot.Sequence != seq || blob.snapshot.ID == uuid.Nil) {
+		err = fmt.Errorf("it is the root of another: %w", lba.ErrFormat)
+	}
+	if err != nil {
+		return s, false, fmt.Errorf("%s: %w", snapName(seq), err)
+	}
+	objects := map[uint32]bool{}
+	for _, addr := range root.Directory {
+		objects[addr.Object()] = true
+	}
+	for _, o := range v.ckpt.own(sortedObjects(objects)) {
+		if seq <= newest && !v.ckpt.pinned[o] {
+			return *blob.snapshot, false, nil
+		}
+		if v.ckpt.inStore[o] {
+			continue
+		}
+		if _, serr := v.eng.cfg.FS.Stat(v.mapPath(pagesName(o))); serr != nil && err == nil {
+			err = fmt.Errorf("%s: its page object %d: %w", snapName(seq), o, serr)
+		}
+	}
+	return *blob.snapshot, true, err
+}
+
+// correctPins computes pins anew where those of the root can't be trusted: around
+// roots of no snapshot, which go, from the first snapshot on that is newer, and
+// around those of which nobody knew and a snapshot that the root wanted to be.
+func (v *Volume) correctPins(ctx context.Context, root *lba.Root, blob *rootBlob, adopted []uint64, exists map[uint64]bool, found *foundSnaps) error {
+	c := v.ckpt
+	newest := root.Sequence
+	doubt := slices.Clone(adopted)
+	for _, seq := range found.sequences() {
+		if isDropped(c.dropped, seq) {
+			doubt = append(doubt, seq)
+		}
+	}
+	if blob.snapshot != nil && !exists[newest] && !c.unclear[newest] {
+		doubt = append(doubt, newest)
 	}
 	for _, s := range v.snaps {
 		if s.Sequence > newest {
@@ -111,7 +225,7 @@ func (v *Volume) correctPins(ctx context.Context, newest uint64, exists map[uint
 			continue
 		}
 		c.overdue = true
-		if !exists[seq] {
+		if !exists[seq] && (found.local[seq] || found.stored[seq]) {
 			c.gone[seq] = c.sequence + 1
 		}
 	}
@@ -126,10 +240,6 @@ func (v *Volume) repinBefore(ctx context.Context, i int) error {
 		v.ckpt.repin(r)
 	}
 	return err
-}
-
-func isDropped(ranges []seqRange, seq uint64) bool {
-	return slices.ContainsFunc(ranges, func(r seqRange) bool { return r.contains(seq) })
 }
 
 func (v *Volume) damagedSnapshot(err error) {
@@ -158,8 +268,8 @@ func (v *Volume) requeue(ctx context.Context, s *snapshotState) error {
 }
 
 // FindSnapshots lists the snapshots of a volume that is not open, from what lies on
-// the local disk and in the store, oldest first: for a registry that has lost its
-// records. Roots that can't be read are left out and reported in the error.
+// the local disk and in the store, oldest first: those that an opening would adopt if
+// none were named. Roots that can't be read are left out and reported in the error.
 func (e *Engine) FindSnapshots(ctx context.Context, cfg VolumeConfig) ([]Snapshot, error) {
 	v := &Volume{eng: e, cfg: cfg, dir: e.volumeDir(cfg.ID), log: e.cfg.Log}
 	names, err := cfg.Store.List(ctx, v.namespace(), snapPrefix)
@@ -171,14 +281,20 @@ func (e *Engine) FindSnapshots(ctx context.Context, cfg VolumeConfig) ([]Snapsho
 		return nil, fmt.Errorf("volume %s: snapshots: %w", cfg.Name, err)
 	}
 	found := foundSnaps{local: map[uint64]bool{}, stored: map[uint64]bool{}}
+	for _, n := range append(names, local...) {
+		found.see(n, true)
+	}
+	dropped, err := v.findDropped(ctx, local)
+	if err != nil {
+		return nil, fmt.Errorf("volume %s: snapshots: %w", cfg.Name, err)
+	}
 	var out []Snapshot
 	var errs []error
-	for _, n := range append(names, local...) {
-		seq, ok := found.see(n, false)
-		if !ok || found.stored[seq] {
+	for _, seq := range found.sequences() {
+		if isDropped(dropped, seq) {
 			continue
 		}
-		found.stored[seq] = true // once
+		n := snapName(seq)
 		root, err := v.readRoot(ctx, n)
 		if err == nil {
 			var blob *rootBlob
@@ -189,6 +305,33 @@ func (e *Engine) FindSnapshots(ctx context.Context, cfg VolumeConfig) ([]Snapsho
 		}
 		errs = append(errs, fmt.Errorf("volume %s: %s: %w", cfg.Name, n, err))
 	}
-	slices.SortFunc(out, func(a, b Snapshot) int { return cmp.Compare(a.Sequence, b.Sequence) })
 	return out, errors.Join(errs...)
+}
+
+// findDropped is what the newest readable root of a volume that is not open says of
+// snapshots that are gone.
+func (v *Volume) findDropped(ctx context.Context, local []string) ([]seqRange, error) {
+	roots, err := v.cfg.Store.List(ctx, v.namespace(), rootPrefix)
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range local {
+		if strings.HasPrefix(n, rootPrefix) && !strings.HasSuffix(n, ".tmp") {
+			roots = append(roots, n)
+		}
+	}
+	slices.Sort(roots)
+	for _, n := range slices.Backward(slices.Compact(roots)) {
+		root, err := v.readRoot(ctx, n)
+		if errors.As(err, new(*storeError)) {
+			return nil, err
+		}
+		if err != nil {
+			continue
+		}
+		if blob, err := decodeBlob(root.Blob); err == nil {
+			return blob.dropped, nil
+		}
+	}
+	return nil, nil
 }

@@ -25,7 +25,7 @@ import (
 //	  volume 16, snapshot 16, last SCO u64, last page object u32, zero u32
 //	n, then n runs of page objects that snapshots refer to    u32
 //	  first u32, count u32
-//	n, then n ranges of snapshots that a rollback dropped     u32
+//	n, then n ranges of snapshots that are gone (dropped.go)  u32
 //	  sequence behind which u64, sequence before which u64
 //	n, then n bytes: the snapshot that this root is, as JSON; none: 0
 //
@@ -50,11 +50,6 @@ type tableEntry struct {
 	sealed bool
 	pinned uint32 // clusters of it that snapshots reach
 }
-
-// seqRange is the sequence numbers between after and before, both exclusive.
-type seqRange struct{ after, before uint64 }
-
-func (r seqRange) contains(seq uint64) bool { return seq > r.after && seq < r.before }
 
 // rootBlob is the driver's part of a root.
 type rootBlob struct {
