@@ -168,11 +168,18 @@ shows when all but one of them are gone.`,
 				row(w, "NAME", "CREATED", "SIZE", "ALONE", "STATE", "CLONES", "METADATA")
 				for i := range list {
 					s := &list[i]
-					row(w, s.Name, printTime(s.Created), formatSize(s.Size), alone(s), s.State, strings.Join(s.Clones, ","), metadata(s))
+					row(w, s.Name, printTime(s.Created), formatSize(s.Size), alone(s), stateOf(s), strings.Join(s.Clones, ","), metadata(s))
 				}
 			})
 		},
 	}
+}
+
+func stateOf(s *control.Snapshot) string {
+	if s.Adopted {
+		return s.State + ",adopted"
+	}
+	return s.State
 }
 
 func alone(s *control.Snapshot) string {
@@ -194,7 +201,7 @@ func showSnapshot(w *tabwriter.Writer, s *control.Snapshot) {
 	row(w, "name", s.Volume+"@"+s.Name)
 	row(w, "created", printTime(s.Created))
 	row(w, "size", fmt.Sprintf("%s (%d bytes)", formatSize(s.Size), s.Size))
-	row(w, "state", s.State)
+	row(w, "state", stateOf(s))
 	row(w, "alone", alone(s))
 	row(w, "clones", strings.Join(s.Clones, " "))
 	row(w, "id", s.ID)

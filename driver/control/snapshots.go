@@ -23,6 +23,7 @@ type Snapshot struct {
 	Alone     *uint64           `json:"alone,omitempty"` // bytes that its deletion would give back; absent: not known
 	Clones    []string          `json:"clones,omitempty"`
 	Temporary bool              `json:"temporary,omitempty"` // of an operation under way
+	Adopted   bool              `json:"adopted,omitempty"`   // the registry had lost it; renaming it ends this
 	NBD       string            `json:"nbd,omitempty"`       // URI for qemu-img and others, read-only
 }
 

@@ -165,11 +165,12 @@ func (b *backend) Volume(ctx context.Context, name string) (control.Volume, erro
 		return control.Volume{}, err
 	}
 	v := b.answer(&e.Record)
-	kvs, err := b.reg.List(ctx, registry.SnapshotsOf(e.Record.ID))
+	snapshots, err := registry.Snapshots(ctx, b.reg, e.Record.ID)
 	if err != nil {
 		return v, err
 	}
-	v.Snapshots = len(kvs)
+	v.Snapshots = len(snapshots)
+	v.Conditions = append(v.Conditions, adoptedCondition(v.Name, snapshots)...)
 	v.Clones, err = registry.Clones(ctx, b.reg, e.Record.ID, uuid.Nil)
 	return v, err
 }
@@ -222,7 +223,10 @@ func (h *VolumeSet) troubles(name string) []control.Condition {
 	if !ok {
 		return nil
 	}
-	var list []control.Condition
+	list := append([]control.Condition{}, v.notices...)
+	if v.unsettled != "" {
+		list = append(list, control.Condition{Code: "snapshots-unsettled", Message: "what became of a snapshot could not be recorded: " + v.unsettled + "; tried again every few seconds"})
+	}
 	for _, text := range v.frontErrors {
 		list = append(list, control.Condition{Code: "not-served", Message: text})
 	}
@@ -319,6 +323,9 @@ func conditionsAnswer(list []driver.Condition) []control.Condition {
 }
 
 func (b *backend) CheckDelete(ctx context.Context, name string, force bool) error {
+	if !force {
+		b.findSnapshots(ctx, name)
+	}
 	_, err := b.checkDelete(ctx, name, force)
 	return err
 }

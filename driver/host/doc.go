@@ -25,10 +25,12 @@
 // dies in between. A resize: record; engine; guests are told. An attachment is
 // recorded late and only for speed.
 //
-// A snapshot: record in state creating; the engine's root; record in state ready. Its
-// deletion: record in state deleting; the engine; record gone. Whoever opens the
-// volume passes the ready ones to the engine, which removes all others, and then
-// removes the other records. A rollback: RollingBack in the volume's record; the
+// A snapshot: record in state creating; the engine's root, with which it exists;
+// record in state ready. Its deletion: record in state deleting; the engine; record
+// gone. Whoever opens the volume settles what is between (settle.go): a snapshot that
+// the engine has becomes ready, one that was being deleted goes, and one that has no
+// record at all is adopted and shown: the registry may have been restored from an
+// older copy. So it does, soon, when the registry fails at the last step. A rollback: RollingBack in the volume's record; the
 // engine; records of the dropped snapshots gone; size and RollingBack. The opening
 // does it again. A clone: record in state creating, which from then on keeps parent
 // and snapshot (see package registry); the engine; record in state ready; undone by
@@ -52,6 +54,7 @@
 //
 // Of Host: one per listener (control, metrics, nbd), one that records
 // attachments once a second, one that carries out snapshot schedules
-// (scheduler.go), one per volume being opened, one that starts the maintenance of the
+// (scheduler.go), one per volume being opened, one per volume whose snapshots could
+// not be recorded (settle.go), one that starts the maintenance of the
 // object store once it has a storage daemon (package repair has its goroutines).
 package host

@@ -89,9 +89,6 @@ func (e *fakeEngine) OpenVolume(ctx context.Context, c driver.VolumeConfig) (Vol
 			return nil, driver.ErrAncestorClosed
 		}
 	}
-	d.snaps = slices.DeleteFunc(d.snaps, func(s fakeSnap) bool {
-		return !slices.ContainsFunc(c.Snapshots, func(known driver.Snapshot) bool { return known.ID == s.ID })
-	})
 	d.size = max(d.size, c.Size)
 	e.open[c.ID], e.configs[c.ID] = true, c
 	e.opened[c.ID]++

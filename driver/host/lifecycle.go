@@ -119,7 +119,7 @@ func (h *VolumeSet) dropTemporary(ctx context.Context) error {
 	}
 	for _, e := range list {
 		r := &e.Record
-		if !r.Temporary || r.State != registry.StateReady || len(registry.ClonesAmong(volumes, r.Volume, r.ID)) > 0 {
+		if !r.Temporary || r.State == registry.StateDeleting || len(registry.ClonesAmong(volumes, r.Volume, r.ID)) > 0 {
 			continue
 		}
 		r.State = registry.StateDeleting
@@ -207,11 +207,26 @@ func inUse(name, by string) error {
 	return control.Errorf(control.CodeInUse, "volume %s is in use by %s: shut that down or detach the disk first", name, by)
 }
 
+// findSnapshots opens a volume that is to be deleted, as the registry may have lost
+// records of its snapshots. One that can't be opened can be deleted all the same.
+func (h *VolumeSet) findSnapshots(ctx context.Context, name string) {
+	e, err := h.load(ctx, name)
+	if err != nil || e.Record.State != registry.StateReady || e.Record.Incomplete != nil {
+		return
+	}
+	if _, err := h.open(ctx, name); err != nil && ctx.Err() == nil {
+		h.log.Warn().Err(err).Str("volume", name).Msg("the volume is to be deleted and can't be opened: whether it has snapshots that are not recorded is not known")
+	}
+}
+
 // remove deletes a volume that nobody uses.
 func (h *VolumeSet) remove(ctx context.Context, name string, force bool) error {
 	name, err := fullName(name)
 	if err != nil {
 		return &notFoundError{err.Error()}
+	}
+	if !force {
+		h.findSnapshots(ctx, name)
 	}
 	v, leave, err := h.enter(ctx, name)
 	if err != nil {

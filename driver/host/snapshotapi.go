@@ -48,7 +48,7 @@ func (b *backend) relate(ctx context.Context, entries []registry.Entry[registry.
 func (b *backend) snapshotAnswer(v *registry.Volume, s *registry.Snapshot) control.Snapshot {
 	a := control.Snapshot{
 		Volume: v.FullName(), Name: s.Name, ID: s.ID, Created: s.Created, Size: s.Size, Metadata: s.Metadata,
-		State: string(s.State), Temporary: s.Temporary,
+		State: string(s.State), Temporary: s.Temporary, Adopted: s.Adopted,
 	}
 	if b.config.NBD.Enabled {
 		a.NBD = "nbd+unix:///" + v.FullName() + "@" + s.Name + "?socket=" + b.config.nbdSocket()
@@ -63,6 +63,13 @@ func (b *backend) Snapshots(ctx context.Context, volume string) ([]control.Snaps
 	if err != nil {
 		return nil, err
 	}
+	var space map[uuid.UUID]uint64
+	// First, as the opening may find some.
+	if dev, err := b.open(ctx, e.Record.FullName()); err != nil {
+		b.log.Warn().Err(err).Str("volume", e.Record.FullName()).Msg("the space of its snapshots is not known")
+	} else if space, err = dev.SnapshotSpace(ctx); err != nil {
+		return nil, err
+	}
 	records, err := registry.Snapshots(ctx, b.reg, e.Record.ID)
 	if err != nil {
 		return nil, err
@@ -73,12 +80,6 @@ func (b *backend) Snapshots(ctx context.Context, volume string) ([]control.Snaps
 	}
 	all, err := registry.LoadAll[registry.Volume](ctx, b.reg, registry.VolumePrefix)
 	if err != nil {
-		return nil, err
-	}
-	var space map[uuid.UUID]uint64
-	if dev, err := b.open(ctx, e.Record.FullName()); err != nil {
-		b.log.Warn().Err(err).Str("volume", e.Record.FullName()).Msg("the space of its snapshots is not known")
-	} else if space, err = dev.SnapshotSpace(ctx); err != nil {
 		return nil, err
 	}
 	clones := map[uuid.UUID][]string{}

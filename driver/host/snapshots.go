@@ -48,6 +48,13 @@ func (h *VolumeSet) enterOpen(ctx context.Context, name string) (dev Volume, e r
 			leave()
 			return nil, e, nil, err
 		}
+		if !h.settleNow(ctx, dev, e) {
+			return dev, e, leave, nil // what is to be done may be what gives it room
+		}
+		if e, err = h.load(ctx, name); err != nil { // it may have fewer ancestors now
+			leave()
+			return nil, e, nil, err
+		}
 		return dev, e, leave, nil
 	}
 }
@@ -75,7 +82,8 @@ func engineSnapshot(r *registry.Snapshot) driver.Snapshot {
 	}
 }
 
-// fullConfig is config with the snapshots that exist, to open or check a volume.
+// fullConfig is config with the snapshots that are recorded, to open or check a
+// volume.
 func (h *VolumeSet) fullConfig(ctx context.Context, r *registry.Volume) (driver.VolumeConfig, error) {
 	c := h.config(r)
 	list, err := registry.Snapshots(ctx, h.reg, r.ID)
@@ -83,8 +91,11 @@ func (h *VolumeSet) fullConfig(ctx context.Context, r *registry.Volume) (driver.
 		return c, fmt.Errorf("snapshots of volume %s: %w", r.FullName(), err)
 	}
 	for i := range list {
-		if s := &list[i].Record; s.State == registry.StateReady {
+		switch s := &list[i].Record; s.State {
+		case registry.StateReady:
 			c.Snapshots = append(c.Snapshots, engineSnapshot(s))
+		case registry.StateDeleting:
+			c.Deleting = append(c.Deleting, engineSnapshot(s))
 		}
 	}
 	return c, nil
@@ -106,52 +117,6 @@ func (h *VolumeSet) openAncestors(ctx context.Context, r *registry.Volume) error
 		}
 		if _, err := h.open(ctx, all[i].Record.FullName()); err != nil {
 			return fmt.Errorf("volume %s reads from another one: %w", r.FullName(), err)
-		}
-	}
-	return nil
-}
-
-// catchUp finishes, on a volume that has just been opened, what an earlier run
-// left undone. The gate is held. The engine has removed all snapshots that no
-// ready record names; it may have finished a rollback, too.
-func (h *VolumeSet) catchUp(ctx context.Context, dev Volume, e registry.Entry[registry.Volume]) error {
-	if id := e.Record.RollingBack; id != nil {
-		if err := dev.Rollback(ctx, *id, true); err != nil {
-			return fmt.Errorf("finish the rollback of an earlier run: %w", err)
-		}
-		if _, err := h.endRollback(ctx, dev, e); err != nil {
-			return err
-		}
-		h.log.Info().Str("volume", e.Record.FullName()).Stringer("snapshot", id).Msg("rollback of an earlier run finished")
-		return nil
-	}
-	if err := h.forgetSnapshots(ctx, dev, &e.Record); err != nil {
-		return err
-	}
-	_, err := h.noteAncestors(ctx, dev, e)
-	return err
-}
-
-// forgetSnapshots removes the records of snapshots that the engine does not have.
-func (h *VolumeSet) forgetSnapshots(ctx context.Context, dev Volume, r *registry.Volume) error {
-	list, err := registry.Snapshots(ctx, h.reg, r.ID)
-	if err != nil {
-		return err
-	}
-	has := map[uuid.UUID]bool{}
-	for _, s := range dev.Snapshots() {
-		has[s.ID] = true
-	}
-	for i := range list {
-		s := &list[i].Record
-		if has[s.ID] {
-			continue
-		}
-		if s.State == registry.StateReady {
-			h.log.Error().Str("volume", r.FullName()).Str("snapshot", s.Name).Stringer("id", s.ID).Msg("the snapshot is recorded but the volume does not have it; the record is removed")
-		}
-		if err := registry.Remove(ctx, h.reg, registry.SnapshotKey(r.ID, s.Name), list[i].Revision); err != nil {
-			return fmt.Errorf("snapshot %s@%s: %w", r.FullName(), s.Name, err)
 		}
 	}
 	return nil
@@ -227,12 +192,15 @@ func (h *VolumeSet) createSnapshotIn(ctx context.Context, dev Volume, e registry
 	// From here on it is finished one way or the other, whatever becomes of ctx.
 	ctx = context.WithoutCancel(ctx)
 	if err != nil {
-		return r, errors.Join(fmt.Errorf("create snapshot %s: %w", full, err), registry.Remove(ctx, h.reg, key, s.Revision))
+		undone := registry.Remove(ctx, h.reg, key, s.Revision)
+		if undone != nil {
+			h.settleLater(e.Record.FullName(), undone)
+		}
+		return r, errors.Join(fmt.Errorf("create snapshot %s: %w", full, err), undone)
 	}
-	s.Record.Created, s.Record.Size, s.Record.SCO = made.Created, made.Size, made.SCO
-	s.Record.Sequence, s.Record.LastObject, s.Record.State = made.Sequence, made.LastObject, registry.StateReady
-	if s, err = registry.Replace(ctx, h.reg, key, s); err != nil {
-		return r, fmt.Errorf("create snapshot %s: %w", full, err)
+	if s, err = h.recordMade(ctx, s, &made); err != nil {
+		h.settleLater(e.Record.FullName(), err)
+		return r, fmt.Errorf("create snapshot %s: it is made, but could not be recorded, which is tried again: %w", full, err)
 	}
 	h.log.Info().Str("volume", e.Record.FullName()).Str("snapshot", req.Name).Stringer("id", id).Msg("snapshot created")
 	return s.Record, nil
@@ -279,17 +247,22 @@ func (h *VolumeSet) deleteSnapshotIn(ctx context.Context, dev Volume, e registry
 	if err := dev.DeleteSnapshot(ctx, s.Record.ID); err != nil {
 		if !slices.ContainsFunc(dev.Snapshots(), func(has driver.Snapshot) bool { return has.ID == s.Record.ID }) {
 			// Nothing keeps its data any more.
-			return fmt.Errorf("delete snapshot %s: %w; it is gone, but not its space: delete it again", full, err)
+			h.settleLater(e.Record.FullName(), err)
+			return fmt.Errorf("delete snapshot %s: %w; it is gone, but not its space, which is tried again", full, err)
 		}
 		s.Record.State = registry.StateReady
 		_, back := registry.Replace(ctx, h.reg, key, s)
+		if back != nil {
+			h.settleLater(e.Record.FullName(), back)
+		}
 		if errors.Is(err, driver.ErrSnapshotInUse) {
 			return errors.Join(control.Errorf(control.CodeInUse, "snapshot %s is being read: disconnect its readers first", full), back)
 		}
 		return errors.Join(fmt.Errorf("delete snapshot %s: %w", full, err), back)
 	}
 	if err := registry.Remove(ctx, h.reg, key, s.Revision); err != nil {
-		return fmt.Errorf("delete snapshot %s: %w", full, err)
+		h.settleLater(e.Record.FullName(), err)
+		return fmt.Errorf("delete snapshot %s: it is gone, but its record could not be removed, which is tried again: %w", full, err)
 	}
 	h.log.Info().Str("volume", e.Record.FullName()).Str("snapshot", snapshot).Stringer("id", s.Record.ID).Msg("snapshot deleted")
 	_, err = h.noteAncestors(ctx, dev, e)

@@ -421,7 +421,8 @@ func crashAt(t *testing.T, op func(context.Context, *bench) error, at int) (done
 	b.engine.crash = crash
 	b.VolumeSet.reg = crashStore{b.reg, crash}
 	err := op(ctx, b)
-	b.VolumeSet.wg.Wait() // what it began
+	b.cancel() // nothing of it goes on in the background
+	b.VolumeSet.wg.Wait()
 	done = crash.steps <= at
 	if !done && err == nil {
 		// The step after the last change: nobody would know.

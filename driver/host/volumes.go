@@ -70,6 +70,9 @@ type volume struct {
 	template    bool               // as of the record; set when it is opened or changed
 	incomplete  string             // kind of the import or receive under way, likewise; or unfinishedRollback
 
+	unsettled string              // why the records of its snapshots may be behind; empty: they are not
+	notices   []control.Condition // what was found at openings, until the daemon ends
+
 	readers atomic.Int64 // of its snapshots
 }
 

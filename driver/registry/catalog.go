@@ -28,10 +28,10 @@ import (
 // Records are JSON with a version, so that a dump is readable and etcd's tools
 // work on it. A record of a later version is refused, not guessed at. Version 2
 // added snapshots, schedules, to volumes what begins with Template, and limits;
-// version 1 is read as having none of it.
+// version 1 is read as having none of it. Version 3 added Adopted to snapshots.
 
 // RecordVersion is the version of all records that this program writes.
-const RecordVersion = 2
+const RecordVersion = 3
 
 // State is how far a volume's creation or deletion has come.
 type State string
@@ -137,8 +137,8 @@ type Incomplete struct {
 	Resumable bool      `json:"resumable"`
 }
 
-// Snapshot is a state of a volume that is kept. All but the name, State and
-// Temporary is as the engine gave it.
+// Snapshot is a state of a volume that is kept. All but the name, State, Temporary
+// and Adopted is as the engine gave it.
 type Snapshot struct {
 	Version    int               `json:"version"`
 	ID         uuid.UUID         `json:"id"`
@@ -152,6 +152,7 @@ type Snapshot struct {
 	LastObject uint32            `json:"last_object"` // last page object that existed
 	State      State             `json:"state"`
 	Temporary  bool              `json:"temporary,omitempty"` // made for one operation; deleted at the next start
+	Adopted    bool              `json:"adopted,omitempty"`   // found in the volume without a record, and not renamed since
 }
 
 // Schedule says when snapshots are made and which are kept (package schedule).

@@ -14,9 +14,10 @@ import (
 // # Rules of snapshots and clones
 //
 // A snapshot's record exists from before the engine makes it (creating) until
-// after the engine has forgotten it (deleting). Only ready ones count: an engine
-// that opens a volume removes what no ready record names, which finishes every
-// creation and deletion that was interrupted.
+// after the engine has forgotten it (deleting). Only ready ones can be used. Whoever
+// opens a volume makes those that were being created ready if the engine has them,
+// deletes those that were being deleted, and records those that have no record: a
+// registry may be older than the volume.
 //
 // A clone names in Ancestors every snapshot that it reads. It may be created only
 // while that of its parent is ready, which the transaction compares; a snapshot or
@@ -271,7 +272,8 @@ func BeginClone(ctx context.Context, s Store, parent Entry[Volume], snapshot Ent
 	return e, err
 }
 
-// RenameSnapshot gives a ready snapshot another name. ErrNotFound, ErrExist.
+// RenameSnapshot gives a ready snapshot another name; if it was adopted, that is
+// confirmed. ErrNotFound, ErrExist.
 func RenameSnapshot(ctx context.Context, s Store, volume uuid.UUID, from, to string) (Entry[Snapshot], error) {
 	e, err := Load[Snapshot](ctx, s, SnapshotKey(volume, from))
 	if err != nil {
@@ -290,7 +292,7 @@ func RenameSnapshot(ctx context.Context, s Store, volume uuid.UUID, from, to str
 		return e, err
 	}
 	old := e.Revision
-	e.Record.Name = to
+	e.Record.Name, e.Record.Adopted = to, false
 	b, err := encode(e.Record)
 	if err != nil {
 		return e, err
