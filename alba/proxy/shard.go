@@ -156,21 +156,15 @@ func (s *shardWriter) run() {
 	if s.m == nil {
 		s.fail(fmt.Errorf("device %s was taken out of the registry: %w", s.u.m.Shards[s.shard], asd.ErrUnavailable))
 	}
-	marked := false
 	var sending sync.WaitGroup
 	slots := make(chan struct{}, appliesAtOnce)
 	for c := range s.queue {
-		if c.last {
-			sending.Wait() // the manifest says that all are there
-			marked = s.send(c)
-			continue
-		}
 		slots <- struct{}{}
 		sending.Go(func() { s.send(c); <-slots })
 	}
 	sending.Wait()
 	// An object without a byte, or whose end showed only behind the last chunk.
-	if s.err() == nil && !marked && s.ctx.Err() == nil {
+	if s.err() == nil && s.ctx.Err() == nil {
 		if err := s.apply(s.mark(nil)); err != nil {
 			s.fail(err)
 		}
@@ -203,9 +197,6 @@ func (s *shardWriter) store(c *sharedChunk) error {
 	m := s.u.m
 	key := alba.FragmentKey(m.NamespaceID, m.Upload, s.shard, c.Number)
 	updates := []asd.Update{asd.Put(key, asd.NewValueBlocks(c.Shards[s.shard], alba.Unit(m.Compression, m.Encryption)))}
-	if c.last {
-		updates = s.mark(updates)
-	}
 	return s.apply(updates)
 }
 

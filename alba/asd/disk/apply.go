@@ -9,7 +9,6 @@ import (
 	"syscall"
 
 	"scoria/alba/asd"
-	"scoria/alba/vfs"
 )
 
 // The life of an applyReq: whoever moves it out of reqQueued owns its outcome.
@@ -230,39 +229,6 @@ func (d *Disk) allocID(ctx context.Context) (uint64, error) {
 			return 0, err
 		}
 	}
-}
-
-// writeValueFile writes a file and makes its contents durable. On error nothing
-// is left but perhaps the file, which it tries to remove.
-func (d *Disk) writeValueFile(id uint64, key string, v *asd.Value, sum uint32) (err error) {
-	if err := d.ensureDir(id); err != nil {
-		return err
-	}
-	name := d.valueName(id)
-	f, err := d.fs.Open(name, vfs.Create|vfs.Exclusive)
-	if err != nil {
-		return d.writeError(key, err)
-	}
-	defer func() {
-		if closeErr := f.Close(); err == nil && closeErr != nil {
-			err = d.writeError(key, closeErr)
-		}
-		if err != nil {
-			_ = d.fs.Remove(name) // the sweep at the next start gets what stays
-		}
-	}()
-	head := encodeFileHead(id, key, v, sum)
-	if err := f.Allocate(0, int64(len(head)+len(v.Data))); err != nil {
-		return d.writeError(key, err)
-	}
-	if _, err := f.WriteVecAt([][]byte{head, v.Data}, 0); err != nil {
-		return d.writeError(key, err)
-	}
-	if err := f.Sync(); err != nil {
-		d.fail(fmt.Errorf("sync %s: %w", name, err))
-		return d.failErr()
-	}
-	return nil
 }
 
 // writeError is the error of a write: a disk that is full after all refuses
