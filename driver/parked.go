@@ -66,6 +66,20 @@ func (q *parkedQueue) unpop(p *parkedWrite) bool {
 	return true
 }
 
+// length is how many wait now.
+func (q *parkedQueue) length() int {
+	if !q.busy.Load() {
+		return 0
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n := len(q.list)
+	if q.current != nil {
+		n++
+	}
+	return n
+}
+
 func (q *parkedQueue) remove(match func(*parkedWrite) bool) (out []*parkedWrite) {
 	q.mu.Lock()
 	defer q.mu.Unlock()

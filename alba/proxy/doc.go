@@ -5,7 +5,7 @@
 // # Order of durability
 //
 // Put commits an intent, sends fragments to all shards at once, each shard's
-// manifest with its last fragment when the others are durable, and commits the object's manifest when c
+// manifest when its fragments are durable (or with the last of them), and commits the object's manifest when c
 // shards are durable. Every Apply asserts the owner's epoch and raises the device's
 // to the namespace's; the commit asserts that the namespace's record is the one
 // that the epoch was compared with, and that the intent is still there. Shards

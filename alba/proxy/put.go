@@ -440,16 +440,17 @@ func (u *upload) abandon() {
 
 // Restore stores an object anew under its namespace's preset, with the first policy that
 // the devices can meet, and removes what was there: for maintenance. Readers
-// see the one or the other. It needs no owner.
-func (p *Proxy) Restore(ctx context.Context, ns, name string) error {
+// see the one or the other. It needs no owner. throttle is called before each read
+// with its bytes; nil: never.
+func (p *Proxy) Restore(ctx context.Context, ns, name string, throttle func(ctx context.Context, bytes int64) error) error {
 	err := p.check(ctx, ns, name)
 	if err == nil {
-		err = p.restore(ctx, ns, name)
+		err = p.restore(ctx, ns, name, throttle)
 	}
 	return opError("store anew", ns, name, err)
 }
 
-func (p *Proxy) restore(ctx context.Context, ns, name string) error {
+func (p *Proxy) restore(ctx context.Context, ns, name string, throttle func(context.Context, int64) error) error {
 	n, err := p.loadNamespace(ctx, ns)
 	if err != nil {
 		return err
@@ -464,7 +465,7 @@ func (p *Proxy) restore(ctx context.Context, ns, name string) error {
 		return err
 	}
 	u.pri = asd.PriorityRepair
-	if err := u.run(ctx, entryReader{ctx, p, e}, e.m.Size); err != nil {
+	if err := u.run(ctx, entryReader{ctx, p, e, throttle}, e.m.Size); err != nil {
 		u.abandon()
 		return err
 	}
@@ -474,12 +475,18 @@ func (p *Proxy) restore(ctx context.Context, ns, name string) error {
 
 // entryReader reads an object as the source of an upload.
 type entryReader struct {
-	ctx context.Context
-	p   *Proxy
-	e   *entry
+	ctx      context.Context
+	p        *Proxy
+	e        *entry
+	throttle func(ctx context.Context, bytes int64) error // may be nil
 }
 
 func (r entryReader) ReadAt(b []byte, off int64) (int, error) {
+	if r.throttle != nil {
+		if err := r.throttle(r.ctx, int64(len(b))); err != nil {
+			return 0, err
+		}
+	}
 	if err := r.p.readEntry(r.ctx, r.e, b, off); err != nil {
 		return 0, err
 	}

@@ -91,8 +91,9 @@ func (c *sharedChunk) release(n int32) {
 	<-c.u.window
 }
 
-// shardWriter sends one shard's fragments to its device, the last one with the shard's
-// manifest when all others are durable.
+// shardWriter sends one shard's fragments to its device, and the shard's manifest when
+// all others are durable: with the last fragment if that is the only one left, as in
+// a small object, else by itself, so that the last fragment waits for no other.
 type shardWriter struct {
 	u      *upload
 	shard  int
@@ -158,13 +159,18 @@ func (s *shardWriter) run() {
 	}
 	var sending sync.WaitGroup
 	slots := make(chan struct{}, appliesAtOnce)
+	marked := false
 	for c := range s.queue {
+		if c.last && s.left() == 1 {
+			sending.Wait()
+			marked = s.send(c, true)
+			continue
+		}
 		slots <- struct{}{}
-		sending.Go(func() { s.send(c); <-slots })
+		sending.Go(func() { s.send(c, false); <-slots })
 	}
 	sending.Wait()
-	// An object without a byte, or whose end showed only behind the last chunk.
-	if s.err() == nil && s.ctx.Err() == nil {
+	if s.err() == nil && !marked && s.ctx.Err() == nil {
 		if err := s.apply(s.mark(nil)); err != nil {
 			s.fail(err)
 		}
@@ -174,11 +180,18 @@ func (s *shardWriter) run() {
 	}
 }
 
+// left is how many chunks that were handed to it are not durable.
+func (s *shardWriter) left() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.sent - s.stored
+}
+
 // send stores a chunk's fragment, unless the shard has failed, and releases the
-// chunk. It says whether the fragment is durable.
-func (s *shardWriter) send(c *sharedChunk) (ok bool) {
+// chunk. mark: with the shard's manifest. It says whether the fragment is durable.
+func (s *shardWriter) send(c *sharedChunk, mark bool) (ok bool) {
 	if s.err() == nil {
-		if err := s.store(c); err != nil {
+		if err := s.store(c, mark); err != nil {
 			s.fail(err)
 		} else {
 			ok = true
@@ -192,11 +205,14 @@ func (s *shardWriter) send(c *sharedChunk) (ok bool) {
 	return ok
 }
 
-// store makes a fragment durable, with the shard's manifest behind the last.
-func (s *shardWriter) store(c *sharedChunk) error {
+// store makes a fragment durable, with the shard's manifest if asked.
+func (s *shardWriter) store(c *sharedChunk, mark bool) error {
 	m := s.u.m
 	key := alba.FragmentKey(m.NamespaceID, m.Upload, s.shard, c.Number)
 	updates := []asd.Update{asd.Put(key, asd.NewValueBlocks(c.Shards[s.shard], alba.Unit(m.Compression, m.Encryption)))}
+	if mark {
+		updates = s.mark(updates)
+	}
 	return s.apply(updates)
 }
 

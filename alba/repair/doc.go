@@ -15,8 +15,10 @@
 // # Order
 //
 // Objects are repaired in the order of the devices that may still be lost, fewest
-// first. All reading and writing is of asd.PriorityRepair, and each chunk waits
-// for Options.BytesPerSecond and while Options.Busy says that guests wait.
+// first. Each chunk waits for Options.BytesPerSecond, and while Options.Busy says that
+// guests wait it waits for them too, but never for long: a floor of bytes per second
+// goes on, high for objects that can lose no more device, low for all that no lost
+// device makes urgent (moves, upgrades, verification, orphans).
 //
 // # Orphans
 //

@@ -240,11 +240,17 @@ func (r *run) end(ctx context.Context, err error) error {
 	return err
 }
 
-// throttle waits until so many more bytes may be moved, and keeps the lease.
-func (r *run) throttle(ctx context.Context, n int64) error {
+// wait returns when so many more bytes may be moved of what can lose that many more
+// devices, and keeps the lease.
+func (r *run) wait(ctx context.Context, n int64, spare int) error {
 	r.job.Bytes += n
 	if err := r.save(ctx, false); err != nil {
 		return err
 	}
-	return r.m.pace.wait(ctx, n)
+	return r.m.pace.wait(ctx, n, spare)
+}
+
+// throttle is wait for the chunks of one object.
+func (r *run) throttle(spare int) func(ctx context.Context, n int64) error {
+	return func(ctx context.Context, n int64) error { return r.wait(ctx, n, spare) }
 }

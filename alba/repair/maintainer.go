@@ -39,8 +39,9 @@ type Options struct {
 	OrphanEvery time.Duration
 	// BytesPerSecond bounds what maintenance moves; 0: no limit.
 	BytesPerSecond int64
-	// Busy says that guests wait for the disks: then maintenance waits, for a while.
-	// From any goroutine. May be nil.
+	// Busy says that guests wait for the disks: then maintenance slows down to a
+	// floor, which is higher for objects that can lose fewer disks. Asked ten times a
+	// second while maintenance is at work, from any goroutine. May be nil.
 	Busy func() bool
 	Log  zerolog.Logger
 }
@@ -70,7 +71,7 @@ func New(o Options) *Maintainer {
 		o.Faults = NewFaults()
 	}
 	m := &Maintainer{o: o, p: o.Proxy, reg: o.Proxy.Registry(), node: o.Proxy.Node(), log: o.Log,
-		pace: pace{rate: o.BytesPerSecond, busy: o.Busy}, wakeup: map[string]chan struct{}{}}
+		pace: pace{rate: o.BytesPerSecond, busy: o.Busy, now: time.Now, sleep: sleep}, wakeup: map[string]chan struct{}{}}
 	for _, name := range jobNames {
 		m.wakeup[name] = make(chan struct{}, 1)
 	}
@@ -111,6 +112,9 @@ func (m *Maintainer) loop(ctx context.Context, name string, every time.Duration,
 		}
 	}
 }
+
+// Yielded is how long jobs have waited for guests since the start, together.
+func (m *Maintainer) Yielded() time.Duration { return m.pace.waited() }
 
 func (m *Maintainer) wake(name string) {
 	select {
@@ -325,7 +329,7 @@ func (m *Maintainer) do(ctx context.Context, r *run, t *task, report *Report) (l
 			Gone:     func(id string) bool { return m.condition(id) == Gone },
 			Leave:    func(id string) bool { return m.condition(id) == Leaving },
 			Bad:      t.bad,
-			Throttle: r.throttle,
+			Throttle: r.throttle(t.urgency()),
 		})
 		switch {
 		case errors.Is(err, proxy.ErrNoObject), errors.Is(err, proxy.ErrNoNamespace):
@@ -345,7 +349,7 @@ func (m *Maintainer) do(ctx context.Context, r *run, t *task, report *Report) (l
 	if !t.upgrade {
 		return left, nil
 	}
-	switch err := m.p.Restore(ctx, t.namespace, t.object); {
+	switch err := m.p.Restore(ctx, t.namespace, t.object, r.throttle(t.Spare+1)); { // it is as safe as it was
 	case err == nil:
 		report.Upgraded++
 		return false, nil

@@ -100,7 +100,7 @@ func (m *Maintainer) emptyTrash(ctx context.Context, r *run) error {
 		if err != nil {
 			return err
 		}
-		if err := r.throttle(ctx, 0); err != nil {
+		if err := r.wait(ctx, 0, unhurried); err != nil {
 			return err
 		}
 		if err := m.p.Purge(ctx, ns, upload, rec, kv.Revision); err != nil {
@@ -213,7 +213,7 @@ func (m *Maintainer) collectDevice(ctx context.Context, r *run, d *proxy.Member)
 	for _, prefix := range []string{alba.FragmentPrefix, alba.ShardPrefix, alba.TombstonePrefix, alba.NamespaceCopyPrefix} {
 		req := asd.RangeRequest{From: prefix, To: proxy.After(prefix), Limit: asd.MaxUpdates}
 		for {
-			if err := r.throttle(ctx, 0); err != nil {
+			if err := r.wait(ctx, 0, unhurried); err != nil {
 				return err
 			}
 			page, err := d.Range(ctx, req, asd.PriorityRepair)

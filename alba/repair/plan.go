@@ -81,6 +81,15 @@ type task struct {
 	upgrade bool
 }
 
+// urgency is the spare by which the object is paced: what has lost nothing and is only
+// to be moved can wait, however few disks it may lose by its policy.
+func (t *task) urgency() int {
+	if t.Missing == 0 && len(t.bad) == 0 {
+		return unhurried
+	}
+	return t.Spare
+}
+
 // order sorts tasks by risk: those that can lose the fewest more devices first; of
 // these the ones with shards missing before those with shards to be moved, then
 // those that only can be stored better. Pure.

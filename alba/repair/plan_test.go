@@ -1,7 +1,6 @@
 package repair
 
 import (
-	"context"
 	"os"
 	"testing"
 	"time"
@@ -68,31 +67,6 @@ func TestBetter(t *testing.T) {
 		if got := Better(ps, tt.now, tt.index); got != tt.want {
 			t.Errorf("%v and policy %d: %v", tt.now, tt.index, got)
 		}
-	}
-}
-
-// TestPace: at a rate the time that was granted adds up to what was moved.
-func TestPace(t *testing.T) {
-	p := pace{rate: 1 << 20}
-	begun := time.Now()
-	for range 4 {
-		if err := p.wait(t.Context(), 1<<14); err != nil {
-			t.Fatal(err)
-		}
-	}
-	// The last one waits for the three before it.
-	if took := time.Since(begun); took < 3*time.Second/64 {
-		t.Errorf("64 KiB at 1 MiB/s were granted after %v", took)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := p.wait(ctx, 1<<30); err == nil {
-		t.Error("granted after the end")
-	}
-	asked := 0
-	busy := pace{busy: func() bool { asked++; return asked < 3 }}
-	if err := busy.wait(t.Context(), 1); err != nil || asked != 3 {
-		t.Errorf("asked %d times whether guests wait: %v", asked, err)
 	}
 }
 

@@ -63,7 +63,7 @@ func (m *Maintainer) rebalance(ctx context.Context, r *run) error {
 			return r.save(ctx, false)
 		}
 		done, err := m.p.Mend(ctx, man.Namespace, man.Object, proxy.Mend{
-			Leave: func(id string) bool { return id == high.id }, To: low.id, Throttle: r.throttle,
+			Leave: func(id string) bool { return id == high.id }, To: low.id, Throttle: r.throttle(unhurried),
 		})
 		if ctx.Err() != nil || errors.Is(err, errLost) {
 			return err

@@ -8,6 +8,7 @@ import (
 	"math/bits"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -151,6 +152,26 @@ func TestDownForLong(t *testing.T) {
 	r.settle()
 	r.expectAll(r.p)
 	r.expectClean()
+}
+
+// TestBusyGuestsDelayRepairOnly: with guests that wait all the time, everything is
+// repaired, moved and verified all the same.
+func TestBusyGuestsDelayRepairOnly(t *testing.T) {
+	var asked atomic.Int64
+	r := newRig(t, 6, albatest.Preset(alba.Policy{K: 3, M: 2, C: 5, X: 1}), func(o *repair.Options) {
+		o.DownAfter = time.Nanosecond
+		o.Busy = func() bool { asked.Add(1); return true }
+	})
+	for i := range 4 {
+		r.put(fmt.Sprint("o", i), 80_000)
+	}
+	must(t, r.p.SetDeviceState(t.Context(), r.Disks[2].ID, alba.DeviceRemoved))
+	r.pass()
+	r.expectSafe(2)
+	r.expectAll(r.p)
+	if asked.Load() == 0 || r.m.Yielded() == 0 {
+		t.Errorf("guests were asked about %d times, and given way to for %v", asked.Load(), r.m.Yielded())
+	}
 }
 
 // TestDrain: a device that is drained is empty afterwards, and its data was moved, not

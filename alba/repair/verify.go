@@ -74,7 +74,7 @@ func (m *Maintainer) verifyDevice(ctx context.Context, r *run, d *proxy.Member, 
 		r.job.Done += res.Bytes
 		cursor = res.Next
 		r.job.Cursor = id + "\n" + cursor
-		if err := r.throttle(ctx, res.Bytes); err != nil {
+		if err := r.wait(ctx, res.Bytes, unhurried); err != nil {
 			return err
 		}
 		if res.Done {
@@ -138,7 +138,7 @@ func (m *Maintainer) verifyPresence(ctx context.Context, r *run) error {
 				m.reportShard(ctx, man.NamespaceID, man.Upload, shard, id)
 			}
 		}
-		return r.throttle(ctx, 0)
+		return r.wait(ctx, 0, unhurried)
 	})
 }
 

@@ -186,7 +186,7 @@ func DefaultConfig() Config {
 		NBD:     NBDConfig{Enabled: true},
 		Shm:     ShmConfig{Enabled: true, Memory: shm.DefaultMemoryBytes, Connections: shm.DefaultMaxConnections, Access: []ShmAccess{}},
 		Pool:    PoolConfig{BlockSize: 512, SCOSize: driver.DefaultSCOBytes, Store: control.StoreDirectory},
-		Backend: BackendConfig{RepairAfter: Duration(10 * time.Minute)},
+		Backend: BackendConfig{RepairAfter: Duration(10 * time.Minute), RepairLatency: Duration(10 * time.Millisecond)},
 	}
 }
 

@@ -308,6 +308,7 @@ func (h *Host) serve(ctx context.Context) error {
 		return err
 	}
 	h.startSchedules(ctx, schedules)
+	h.objects.guests.Store(newGuestLoad(h.engine.GuestWaits, time.Duration(h.config.Backend.RepairLatency), time.Now))
 	h.undoLater(h.objects.maintain(ctx))
 	return nil
 }

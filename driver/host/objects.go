@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -26,11 +27,12 @@ import (
 
 // BackendConfig is section [backend].
 type BackendConfig struct {
-	MasterKeys  string   `toml:"master_keys" comment:"Master keys of presets that encrypt: a file with one key of 64 hex digits per line, the one\nin use first, or \"credential:NAME\" for a systemd credential; empty: none."`
-	Rack        string   `toml:"rack" comment:"Rack of this host: storage daemons that are near are read first."`
-	Datacentre  string   `toml:"datacentre" comment:"Datacentre of this host."`
-	RepairAfter Duration `toml:"repair_after" comment:"How long a storage daemon may be away before what it has is rebuilt on others, 1s to 168h."`
-	RepairRate  Size     `toml:"repair_rate" comment:"Bytes per second that maintenance of the object store may move; 0: no limit."`
+	MasterKeys    string   `toml:"master_keys" comment:"Master keys of presets that encrypt: a file with one key of 64 hex digits per line, the one\nin use first, or \"credential:NAME\" for a systemd credential; empty: none."`
+	Rack          string   `toml:"rack" comment:"Rack of this host: storage daemons that are near are read first."`
+	Datacentre    string   `toml:"datacentre" comment:"Datacentre of this host."`
+	RepairAfter   Duration `toml:"repair_after" comment:"How long a storage daemon may be away before what it has is rebuilt on others, 1s to 168h."`
+	RepairRate    Size     `toml:"repair_rate" comment:"Bytes per second that maintenance of the object store may move; 0: no limit."`
+	RepairLatency Duration `toml:"repair_latency" comment:"Maintenance of the object store slows down while more than one in a hundred flushes and disk reads\nof guests takes longer than this, 1ms to 10s (rounded up to a power of two nanoseconds)."`
 
 	TLSCert        string `toml:"tls_cert" comment:"PEM file with this daemon's certificate for storage daemons at HOST:PORT. All three or\nnone; without them only those on loopback are spoken to."`
 	TLSKey         string `toml:"tls_key" comment:"PEM file with its key."`
@@ -50,6 +52,8 @@ func (c *BackendConfig) validate() error {
 	switch {
 	case c.RepairAfter < Duration(time.Second) || c.RepairAfter > Duration(168*time.Hour):
 		return fmt.Errorf("backend.repair_after %s: must be from 1s to 168h", time.Duration(c.RepairAfter))
+	case c.RepairLatency < Duration(time.Millisecond) || c.RepairLatency > Duration(10*time.Second):
+		return fmt.Errorf("backend.repair_latency %s: must be from 1ms to 10s", time.Duration(c.RepairLatency))
 	case c.RepairRate > 1<<40:
 		return fmt.Errorf("backend.repair_rate %s: must be at most 1TiB", c.RepairRate)
 	}
@@ -69,7 +73,8 @@ type objectStore struct {
 	security remote.Security
 	host     string
 	log      zerolog.Logger
-	first    chan struct{} // a token when there may be a first storage daemon
+	first    chan struct{}             // a token when there may be a first storage daemon
+	guests   atomic.Pointer[guestLoad] // nil: there are none yet
 
 	mu       sync.Mutex
 	embedded map[string]*embeddedASD // by directory
@@ -108,8 +113,14 @@ func openObjectStore(ctx context.Context, fsys vfs.FS, reg registry.Store, node 
 		return nil, err
 	}
 	o.keeper = repair.New(repair.Options{Proxy: o.proxy, Faults: faults, DownAfter: time.Duration(c.Backend.RepairAfter),
-		BytesPerSecond: int64(c.Backend.RepairRate), Log: o.log})
+		BytesPerSecond: int64(c.Backend.RepairRate), Busy: o.guestsWait, Log: o.log})
 	return o, nil
+}
+
+// guestsWait implements repair.Options.Busy.
+func (o *objectStore) guestsWait() bool {
+	g := o.guests.Load()
+	return g != nil && g.busy()
 }
 
 // report collects faults for repair, and says so in the log: a disk that is away

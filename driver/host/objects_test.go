@@ -248,6 +248,7 @@ func TestBackendConfigRefused(t *testing.T) {
 		"tls_cert = \"/c\"":         {"tls_key", "all three"},
 		"allow_plaintext = \"yes\"": {"allow_plaintext", "unencrypted"},
 		"repair_after = \"1ms\"":    {"repair_after", "1s"},
+		"repair_latency = \"1m\"":   {"repair_latency", "10s"},
 		"repair_rate = \"2T\"":      {"repair_rate", "1TiB"},
 	} {
 		_, err := parseConfig("f", fmt.Appendf(nil, "[backend]\n%s\n", text))

@@ -332,8 +332,8 @@ var _ control.ObjectBackend = (*backend)(nil)
 
 // objectCollector turns the proxy's counters into metrics.
 type objectCollector struct {
-	o            *objectStore
-	counters, up *prometheus.Desc
+	o                     *objectStore
+	counters, up, yielded *prometheus.Desc
 }
 
 func newObjectCollector(o *objectStore) *objectCollector {
@@ -341,6 +341,7 @@ func newObjectCollector(o *objectStore) *objectCollector {
 		o:        o,
 		counters: prometheus.NewDesc("scoria_objects_total", "What the object store's proxy counts, by name.", []string{"name"}, nil),
 		up:       prometheus.NewDesc("scoria_asd_up", "1 if the storage daemon answers.", []string{"id", "address"}, nil),
+		yielded:  prometheus.NewDesc("scoria_objects_yielded_seconds_total", "How long maintenance of the object store gave way to guests.", nil, nil),
 	}
 }
 
@@ -348,6 +349,7 @@ func newObjectCollector(o *objectStore) *objectCollector {
 func (c *objectCollector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- c.counters
 	ch <- c.up
+	ch <- c.yielded
 }
 
 // Collect implements prometheus.Collector.
@@ -360,6 +362,7 @@ func (c *objectCollector) Collect(ch chan<- prometheus.Metric) {
 	} {
 		ch <- prometheus.MustNewConstMetric(c.counters, prometheus.CounterValue, float64(v), name)
 	}
+	ch <- prometheus.MustNewConstMetric(c.yielded, prometheus.CounterValue, c.o.keeper.Yielded().Seconds())
 	for _, m := range c.o.proxy.Fleet().Members() {
 		r := m.Record()
 		if r.State == alba.DeviceRemoved {

@@ -25,6 +25,8 @@ type Engine interface {
 	// Pending lists the volumes that have data there and are not open.
 	Pending() []uuid.UUID
 	Close(ctx context.Context) error
+	// GuestWaits is what guests of all open volumes wait for.
+	GuestWaits() driver.GuestWaits
 	// Drained says, after Close, that the write buffer holds nothing any more.
 	Drained() bool
 }

@@ -9,10 +9,6 @@ import (
 )
 
 const (
-	// directBytes: values from this size on are written past the page cache, which
-	// costs a copy and memory that nobody reads soon: what was just stored is in
-	// its owner's local cache. Smaller ones are cheaper through it.
-	directBytes = 256 << 10
 	// partBytes is the size of one direct write, partsAtOnce are under way
 	// together: enough to keep a disk busy that is fast in parallel only.
 	partBytes   = 1 << 20
@@ -29,7 +25,7 @@ func (d *Disk) writeValueFile(id uint64, key string, v *asd.Value, sum uint32) (
 		return err
 	}
 	flags := vfs.Create | vfs.Exclusive
-	direct := len(v.Data) >= directBytes
+	direct := len(v.Data) >= d.opts.DirectBytes
 	if direct {
 		flags |= vfs.Direct
 	}
@@ -77,7 +73,6 @@ func writeDirect(f vfs.File, head, data []byte) error {
 	if err := f.Allocate(0, (size+filePage-1)&^(filePage-1)); err != nil {
 		return err
 	}
-	// A small file system call less: the head is one of the first parts.
 	first := alignedBytes(len(head))
 	copy(first, head)
 	w := directWriter{file: f, parts: make([]vfs.Part, 0, partsAtOnce)}
