@@ -6,8 +6,9 @@
 //
 // # Goroutines
 //
-//   - Server: one that accepts connections; the workers of package worker, which
-//     it shares with the other front ends.
+//   - Server: one that accepts connections; one for each client that is being
+//     refused, of which there are at most maxRefusals; the workers of package
+//     worker, which it shares with the other front ends.
 //   - session: one that reads messages and answers them; while it has a volume
 //     open, a second one that sends notices of a resize.
 //
@@ -33,7 +34,9 @@
 //
 // What it writes into its memory is copied before it is checked. Sizes are
 // checked against what was agreed on over the socket. Memory that it sends must
-// be sealed against shrinking. Connections are limited in number, in all and per
-// user, and so is the memory that all rings take together. Whoever breaks the
-// rules is disconnected, with a logged reason; nobody else notices.
+// be sealed against shrinking. Connections, the descriptors of connections and
+// rings, and the memory of rings are limited, in all and, but for root, to half of
+// that per user; the answer to hello or to the request for a ring says which limit
+// there was. An idle connection costs a goroutine and some 16 KiB. Whoever breaks
+// the rules is disconnected, with a logged reason; nobody else notices.
 package shm

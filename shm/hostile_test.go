@@ -356,7 +356,11 @@ func TestP7ConnectionsAreLimited(t *testing.T) {
 	for range 4 {
 		b.dial(t).must(wire.Hello, hello())
 	}
-	b.dial(t).ends("fifth connection")
+	fifth := b.dial(t)
+	if h, text, _ := fifth.ask(wire.Hello, hello()); h.Status != wire.Limit {
+		t.Errorf("fifth connection: %d %s", h.Status, text)
+	}
+	fifth.ends("fifth connection")
 	if got := b.srv.Totals(); got.Connections != 4 || got.Refused != 1 {
 		t.Fatalf("%+v", got)
 	}

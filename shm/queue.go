@@ -18,7 +18,7 @@ type queue struct {
 	s          *session
 	number     uint32
 	memory     *mem.Mapping
-	charged    int64
+	charged    usage
 	kick, call int
 	readOnly   bool
 	maxDiscard uint64 // bytes; 0: no limit
@@ -153,8 +153,10 @@ func (q *queue) release() {
 	q.Queue.Release()
 	mem.CloseFD(&q.kick)
 	mem.CloseFD(&q.call)
-	if !q.s.leak.Load() {
+	if q.s.leak.Load() {
+		q.charged.memory = 0 // it stays
+	} else {
 		q.memory.Release()
-		q.s.srv.uncharge(q.charged)
 	}
+	q.s.srv.giveRing(q.s.peer.UID, q.charged)
 }

@@ -214,11 +214,12 @@ func (s *session) addRing(m *message) (a answer, err error) {
 func (s *session) newQueue(l ring.Layout, fd int) (_ *queue, _ int, err error) {
 	q := &queue{
 		s: s, number: uint32(s.nextRing), kick: -1, call: -1, readOnly: s.readOnly, maxDiscard: s.dev.Info().MaxDiscard,
-		answers: make([]ring.Completion, l.Entries), charged: int64(l.TotalBytes()) + int64(l.Entries)*slotBytes,
+		charged: usage{descriptors: ringDescriptors, memory: int64(l.TotalBytes()) + int64(l.Entries)*slotBytes},
 	}
-	if !s.srv.charge(q.charged) {
-		return nil, -1, refusef(wire.Limit, "rings take all the memory that they may: close others or ask for less than %d bytes", l.TotalBytes())
+	if err := s.srv.takeRing(s.peer.UID, q.charged); err != nil {
+		return nil, -1, refusef(wire.Limit, "%w", err)
 	}
+	q.answers = make([]ring.Completion, l.Entries)
 	memfd := -1
 	defer func() {
 		if err != nil {
@@ -228,7 +229,7 @@ func (s *session) newQueue(l ring.Layout, fd int) (_ *queue, _ int, err error) {
 			if q.memory != nil {
 				q.memory.Release()
 			}
-			s.srv.uncharge(q.charged)
+			s.srv.giveRing(s.peer.UID, q.charged)
 		}
 	}()
 	if fd < 0 {

@@ -63,10 +63,13 @@ type Config struct {
 	// Snapshot makes a snapshot; nil: the server can't.
 	Snapshot func(ctx context.Context, volume, snapshot string) error
 
-	MaxConnections int   // in all; one user but root may have half of them
-	MaxRings       int   // of one connection
-	MemoryBytes    int64 // of all rings together
-	Log            zerolog.Logger
+	// Limits of all clients together; one user but root may have half of each.
+	MaxConnections int
+	MaxDescriptors int   // of connections and rings; 0: half of RLIMIT_NOFILE
+	MemoryBytes    int64 // of rings
+
+	MaxRings int // of one connection
+	Log      zerolog.Logger
 }
 
 func (c *Config) setDefaults() {
@@ -75,6 +78,9 @@ func (c *Config) setDefaults() {
 	}
 	if c.MaxRings == 0 {
 		c.MaxRings = DefaultMaxRings
+	}
+	if c.MaxDescriptors == 0 {
+		c.MaxDescriptors = defaultDescriptors()
 	}
 	if c.MemoryBytes == 0 {
 		c.MemoryBytes = DefaultMemoryBytes
@@ -102,13 +108,16 @@ type Server struct {
 	mu        sync.Mutex
 	listener  *net.UnixListener
 	sessions  map[*session]struct{}
-	users     map[uint32]int // connections by user
+	used      usage
+	users     map[uint32]*usage // those that have any
 	volumes   map[string]*volume
 	nextID    uint64
 	closed    bool
-	memory    int64 // bytes charged
 	refused   uint64
 	accepting chan struct{} // closed when Serve has ended; nil before it began
+
+	refusing chan struct{}  // holds maxRefusals at most: one for each client that is being told why
+	refusals sync.WaitGroup // of those
 }
 
 // volume counts the requests to one volume.
@@ -126,7 +135,7 @@ type volume struct {
 // NewServer makes a server. Nothing is served before Serve.
 func NewServer(cfg Config) *Server {
 	cfg.setDefaults()
-	s := &Server{cfg: cfg, sessions: map[*session]struct{}{}, users: map[uint32]int{}, volumes: map[string]*volume{}}
+	s := &Server{cfg: cfg, sessions: map[*session]struct{}{}, users: map[uint32]*usage{}, volumes: map[string]*volume{}, refusing: make(chan struct{}, maxRefusals)}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
 }
@@ -173,26 +182,22 @@ func (s *Server) accept(conn *net.UnixConn) {
 	}
 	n := newSession(s, conn, peer)
 	s.mu.Lock()
-	switch {
-	case s.closed:
-		err = ErrServerClosed
-	case len(s.sessions) >= s.cfg.MaxConnections:
-		err = fmt.Errorf("there are %d connections already", len(s.sessions))
-	case peer.UID != 0 && s.users[peer.UID] >= (s.cfg.MaxConnections+1)/2:
-		err = fmt.Errorf("user %d has %d connections already", peer.UID, s.users[peer.UID])
-	default:
+	if s.closed {
+		s.mu.Unlock()
+		conn.Close()
+		return
+	}
+	if err = s.take(peer.UID, oneConnection); err != nil {
+		s.refused++
+	} else {
 		s.nextID++
 		n.begin(s.nextID)
 		s.sessions[n] = struct{}{}
-		s.users[peer.UID]++
-	}
-	if err != nil {
-		s.refused++
 	}
 	s.mu.Unlock()
 	if err != nil {
 		s.cfg.Log.Debug().Err(err).Int32("pid", peer.PID).Msg("shared-memory connection refused")
-		conn.Close()
+		s.refuse(conn, err)
 		return
 	}
 	go n.run()
@@ -221,23 +226,7 @@ func (s *Server) Close() {
 	for _, n := range all {
 		<-n.done
 	}
-}
-
-// charge takes n bytes of the memory that all rings may have.
-func (s *Server) charge(n int64) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if n > s.cfg.MemoryBytes-s.memory {
-		return false
-	}
-	s.memory += n
-	return true
-}
-
-func (s *Server) uncharge(n int64) {
-	s.mu.Lock()
-	s.memory -= n
-	s.mu.Unlock()
+	s.refusals.Wait()
 }
 
 // opened counts a session to a volume.
@@ -274,9 +263,7 @@ func (s *Server) ended(n *session, err error) {
 	now := time.Now()
 	s.mu.Lock()
 	delete(s.sessions, n)
-	if s.users[n.peer.UID]--; s.users[n.peer.UID] == 0 {
-		delete(s.users, n.peer.UID)
-	}
+	s.give(n.peer.UID, oneConnection)
 	if v := n.vol; v != nil {
 		v.sessions--
 		if blamed {
@@ -379,5 +366,5 @@ type Totals struct {
 func (s *Server) Totals() Totals {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return Totals{Connections: len(s.sessions), Refused: s.refused, MemoryBytes: s.memory}
+	return Totals{Connections: len(s.sessions), Refused: s.refused, MemoryBytes: s.used.memory}
 }

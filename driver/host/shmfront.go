@@ -24,7 +24,7 @@ import (
 // ShmConfig is section [shm].
 type ShmConfig struct {
 	Enabled     bool        `toml:"enabled" comment:"Serve all volumes to programs on this host over shared memory, on run_dir/shm.sock."`
-	Memory      Size        `toml:"memory" comment:"Memory that the rings of all programs may take together."`
+	Memory      Size        `toml:"memory" comment:"Memory that the rings of all programs may take together; one user but root may have half of it."`
 	Connections int         `toml:"connections" comment:"Connections at once; one user but root may have half of them."`
 	Access      []ShmAccess `toml:"access" comment:"Who may use which volumes; the first entry whose volume matches decides. Volumes that\nnone matches are root's, the daemon's user's and sockets.group's. Each entry has volume =\n\"POOL/PATTERN\", users = [\"…\"], groups = [\"…\"] and create = true or false."`
 }

@@ -37,7 +37,8 @@
 //	volume: size u64, largest discard u64 (bytes; 0: no limit), logical block u32, physical block u32,
 //	        discard alignment u32, flags u32 (1: read-only), serial 24 bytes padded with zeroes, name
 //
-// hello comes first. A connection opens one volume, once, and then rings, as
+// hello comes first; a client over a limit gets status 7 (limit) for it, and is
+// hung up on. A connection opens one volume, once, and then rings, as
 // many as it likes at any time. A volume that is opened to write has no other
 // writer until the connection ends, and a connection ends when its socket does.
 //
