@@ -10,11 +10,18 @@ import (
 func TestIdealServer(t *testing.T) {
 	b := &bench{cfg: &config{clientCPU: 0, serverCPU: 1, seconds: 200 * time.Millisecond}}
 	const rate, service = 10_000, 20 * time.Microsecond
-	res, err := b.measureIdeal(t.Context(), rate, service)
-	if err != nil {
-		t.Skipf("two CPUs are needed: %v", err)
+	var res sample
+	for range 50 { // on a busy machine neither side may run for as long as that
+		var err error
+		if res, err = b.measureIdeal(t.Context(), rate, service); err != nil {
+			t.Skipf("two CPUs are needed: %v", err)
+		}
+		if res.Ops > 0 {
+			break
+		}
 	}
-	if res.Ops == 0 || res.Ops > rate/5+idealDepth {
+	// What came due in the 20 ms before is counted if it ends late.
+	if res.Ops == 0 || res.Ops > rate*22/100+idealDepth {
 		t.Errorf("%d operations in 200 ms at %d per second", res.Ops, rate)
 	}
 	if fastest := res.Latency.Quantile(0); fastest < service {
