@@ -231,6 +231,7 @@ func TestGoldenOutput(t *testing.T) {
 		{"backend-verify-start", "backend verify start", 0},
 		{"backend-rebalance-stop", "backend rebalance stop", 0},
 		{"volume-set", "volume set vm1 --serial S2 --read-only", 0},
+		{"volume-rename", "volume rename vm1 web1", 0},
 		{"volume-limit", "volume limit vm1", 0},
 		{"volume-limit-set", "volume limit vm1 --write-iops 50 --read-bps 1.5M --iops none --burst 10s --burst-bytes default", 0},
 		{"volume-limit-clear", "volume limit vm1 --clear", 0},

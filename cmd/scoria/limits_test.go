@@ -21,6 +21,15 @@ func (d daemon) SetVolume(ctx context.Context, name string, req control.SetVolum
 	return v, err
 }
 
+func (d daemon) RenameVolume(ctx context.Context, name string, req control.RenameVolume) (control.Volume, error) {
+	v, err := d.Volume(ctx, name)
+	if v.UsedBy != "" {
+		return v, control.Errorf(control.CodeInUse, "volume %s is in use by %s", name, v.UsedBy)
+	}
+	v.Name = "default/" + req.Name
+	return v, err
+}
+
 func number(v uint64) *uint64 { return &v }
 
 func (d daemon) Limits(ctx context.Context, name string) (control.Limits, error) {

@@ -16,7 +16,7 @@ import (
 func (a *app) volumeCommand() *cobra.Command {
 	cmd := group("volume", "Create, clone, list, resize, check, move and delete volumes",
 		a.volumeCreate(), a.volumeList(), a.volumeShow(), a.volumeStats(), a.volumeResize(), a.volumeDelete(), a.volumeCheck(),
-		a.volumeClone(), a.volumeTemplate(), a.volumeFlatten(), a.volumeImport(), a.volumeExport(), a.volumeReceive(), a.volumeSet(), a.volumeLimit())
+		a.volumeClone(), a.volumeTemplate(), a.volumeFlatten(), a.volumeImport(), a.volumeExport(), a.volumeReceive(), a.volumeSet(), a.volumeRename(), a.volumeLimit())
 	cmd.Aliases = []string{"vol"}
 	return cmd
 }
@@ -243,6 +243,28 @@ keep their size and contents.`,
 	}
 	cmd.Flags().BoolVar(&force, "force", false, "make it smaller and lose what lies behind the new end")
 	return cmd
+}
+
+func (a *app) volumeRename() *cobra.Command {
+	return &cobra.Command{
+		Use: "rename [POOL/]VOLUME NEWNAME", Short: "Give a volume another name",
+		Long: `Give a volume another name in its pool. Snapshots, clones, schedules and limits stay
+with it. As the paths of its sockets change, a volume that a guest or tool uses is
+refused, and so is one with open clones.`,
+		Example: "  scoria volume rename vm1 web1\n  scoria volume rename fast/db olddb",
+		Args:    args("[POOL/]VOLUME", "NEWNAME"), ValidArgsFunction: a.completeVolumes,
+		RunE: func(cmd *cobra.Command, got []string) error {
+			name, err := fullName(got[0])
+			if err != nil {
+				return err
+			}
+			v, err := a.client().RenameVolume(cmd.Context(), name, control.RenameVolume{Name: got[1]})
+			if err != nil {
+				return err
+			}
+			return a.print(v, func(w *tabwriter.Writer) { showVolume(w, &v) })
+		},
+	}
 }
 
 func (a *app) volumeDelete() *cobra.Command {

@@ -19,6 +19,7 @@
 //	POST   /v1/volumes/POOL/VOLUME/resize     ResizeVolume → Volume
 //	POST   /v1/volumes/POOL/VOLUME/check      Job (202)
 //	POST   /v1/volumes/POOL/VOLUME/set        SetVolume → Volume
+//	POST   /v1/volumes/POOL/VOLUME/rename     RenameVolume → Volume
 //	GET    /v1/volumes/POOL/VOLUME/limits     Limits
 //	POST   /v1/volumes/POOL/VOLUME/limits     ChangeLimits → Limits
 //	GET    /v1/pools/POOL/limits              Limits

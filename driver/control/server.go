@@ -112,6 +112,7 @@ func (s *Server) routes(metrics http.Handler) http.Handler {
 		"GET /v1/pools/{pool}/limits":           s.poolLimits,
 		"POST /v1/pools/{pool}/limits":          s.limitPool,
 		"POST /v1/volumes/{pool}/{name}/set":    s.setVolume,
+		"POST /v1/volumes/{pool}/{name}/rename": s.renameVolume,
 		"GET /v1/schedules":                     s.listSchedules,
 		"GET /v1/schedules/{pool}":              s.showSchedule,
 		"POST /v1/schedules/{pool}":             s.setSchedule,

@@ -13,6 +13,9 @@ import (
 type SettingsBackend interface {
 	// SetVolume changes what a guest sees of a volume; CodeInUse while one does.
 	SetVolume(ctx context.Context, name string, req SetVolume) (Volume, error)
+	// RenameVolume gives a volume another name in its pool, which its sockets follow;
+	// CodeInUse while somebody uses it, CodeExists.
+	RenameVolume(ctx context.Context, name string, req RenameVolume) (Volume, error)
 
 	// Limits and ChangeLimits are a volume's; the change holds at once, also for
 	// requests under way.
@@ -27,6 +30,11 @@ type SettingsBackend interface {
 type SetVolume struct {
 	Serial   *string `json:"serial,omitempty"`    // 1 to 20 printable ASCII characters
 	ReadOnly *bool   `json:"read_only,omitempty"` // refuse all writes
+}
+
+// RenameVolume asks for another name.
+type RenameVolume struct {
+	Name string `json:"name"` // VOLUME, or POOL/VOLUME with the pool that it is in
 }
 
 // Limits are what a volume or a pool's volumes may do.
@@ -84,6 +92,15 @@ func (s *Server) setVolume(r *http.Request) (int, any, error) {
 	return http.StatusOK, v, err
 }
 
+func (s *Server) renameVolume(r *http.Request) (int, any, error) {
+	var req RenameVolume
+	if err := decode(r, &req); err != nil {
+		return 0, nil, err
+	}
+	v, err := s.backend.RenameVolume(r.Context(), volumeName(r), req)
+	return http.StatusOK, v, err
+}
+
 func (s *Server) volumeLimits(r *http.Request) (int, any, error) {
 	l, err := s.backend.Limits(r.Context(), volumeName(r))
 	return http.StatusOK, l, err
@@ -115,6 +132,11 @@ func (s *Server) limitPool(r *http.Request) (int, any, error) {
 // SetVolume changes a volume's serial number or access mode.
 func (c *Client) SetVolume(ctx context.Context, name string, req SetVolume) (v Volume, err error) {
 	return v, c.call(ctx, http.MethodPost, volumePath(name)+"/set", req, &v)
+}
+
+// RenameVolume gives a volume another name.
+func (c *Client) RenameVolume(ctx context.Context, name string, req RenameVolume) (v Volume, err error) {
+	return v, c.call(ctx, http.MethodPost, volumePath(name)+"/rename", req, &v)
 }
 
 // Limits returns a volume's limits.

@@ -9,6 +9,12 @@ import (
 	"scoria/driver/limit"
 )
 
+func (b *backend) RenameVolume(ctx context.Context, name string, req control.RenameVolume) (control.Volume, error) {
+	v, err := b.Volume(ctx, name)
+	v.Name = "default/" + req.Name
+	return v, err
+}
+
 func (b *backend) SetVolume(ctx context.Context, name string, req control.SetVolume) (control.Volume, error) {
 	v, err := b.Volume(ctx, name)
 	if req.Serial != nil {
@@ -57,6 +63,9 @@ func TestSettingsRoundTrips(t *testing.T) {
 	}
 	if v, err := c.SetVolume(ctx, "default/v", control.SetVolume{Serial: ptr("S9"), ReadOnly: ptr(true)}); err != nil || v.Serial != "S9" || !v.ReadOnly {
 		t.Fatalf("SetVolume: %+v, %v", v, err)
+	}
+	if v, err := c.RenameVolume(ctx, "default/v", control.RenameVolume{Name: "w"}); err != nil || v.Name != "default/w" {
+		t.Fatalf("RenameVolume: %+v, %v", v, err)
 	}
 	l, err := c.Limits(ctx, "default/v")
 	if err != nil || *l.Own.ReadIOPS != 5 || l.Stats.Waiting != 2 {

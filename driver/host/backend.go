@@ -171,8 +171,12 @@ func (b *backend) Volume(ctx context.Context, name string) (control.Volume, erro
 	}
 	v.Snapshots = len(snapshots)
 	v.Conditions = append(v.Conditions, adoptedCondition(v.Name, snapshots)...)
-	v.Clones, err = registry.Clones(ctx, b.reg, e.Record.ID, uuid.Nil)
-	return v, err
+	all, err := registry.LoadAll[registry.Volume](ctx, b.reg, registry.VolumePrefix)
+	if err != nil {
+		return v, err
+	}
+	v.Clones, v.Parent = registry.ClonesAmong(all, e.Record.ID, uuid.Nil), parentName(all, &e.Record)
+	return v, nil
 }
 
 func (b *backend) answer(r *registry.Volume) control.Volume {

@@ -22,8 +22,9 @@
 // namespace; record in state ready; socket. Its deletion: record in state deleting;
 // socket gone, front ends disconnected; volume closed; the engine's files and the
 // namespace gone; record gone. Both are finished at the next start if the daemon
-// dies in between. A resize: record; engine; guests are told. An attachment is
-// recorded late and only for speed.
+// dies in between. A resize: record; engine; guests are told. A renaming: sockets
+// of the old name gone; record under the new key; volume closed, opened anew when it is
+// wanted; sockets. An attachment is recorded late and only for speed.
 //
 // A snapshot: record in state creating; the engine's root, with which it exists;
 // record in state ready. Its deletion: record in state deleting; the engine; record

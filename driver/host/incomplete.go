@@ -43,14 +43,14 @@ func (h *VolumeSet) undoIncomplete(ctx context.Context, name string) error {
 	if _, err := h.open(ctx, name); err != nil {
 		return err
 	}
-	v, leave, err := h.enter(ctx, e.Record.FullName())
+	v, e, leave, err := h.enterLoaded(ctx, name)
 	if err != nil {
 		return err
 	}
 	defer leave()
 	dev := h.device(v.name)
-	if e, err = h.load(ctx, name); err != nil || dev == nil || e.Record.Incomplete == nil {
-		return err
+	if dev == nil || e.Record.Incomplete == nil {
+		return nil
 	}
 	if e, err = h.beginUndo(ctx, e); err != nil {
 		return err
@@ -94,21 +94,13 @@ func (h *VolumeSet) abortReceive(ctx context.Context, name string) error {
 
 // complete ends an import.
 func (h *VolumeSet) complete(ctx context.Context, name string) (registry.Volume, error) {
-	name, err := fullName(name)
-	if err != nil {
-		return registry.Volume{}, &notFoundError{err.Error()}
-	}
-	v, leave, err := h.enter(ctx, name)
-	if err != nil {
-		return registry.Volume{}, err
-	}
-	defer leave()
-	e, err := h.load(ctx, name)
+	v, e, leave, err := h.enterLoaded(ctx, name)
 	if err != nil {
 		return e.Record, err
 	}
+	defer leave()
 	if e.Record.Incomplete == nil || e.Record.Incomplete.Kind != registry.IncompleteImport {
-		return e.Record, control.Errorf(control.CodeInvalid, "volume %s is not being imported", name)
+		return e.Record, control.Errorf(control.CodeInvalid, "volume %s is not being imported", v.name)
 	}
 	if e, err = h.endIncomplete(ctx, e, 0); err != nil {
 		return e.Record, err

@@ -12,24 +12,17 @@ import (
 // resize grows a volume, or, with force, makes it smaller: then the engine comes
 // first, as the record must not promise less than guests may have written.
 func (h *VolumeSet) resize(ctx context.Context, name string, size uint64, force bool) (registry.Volume, error) {
-	name, err := fullName(name)
-	if err != nil {
-		return registry.Volume{}, &notFoundError{err.Error()}
-	}
 	if e, err := h.load(ctx, name); err == nil && size < e.Record.Size {
-		if _, err := h.open(ctx, name); err != nil {
+		if _, err := h.open(ctx, e.Record.FullName()); err != nil {
 			return e.Record, err
 		}
 	}
-	v, leave, err := h.enter(ctx, name)
-	if err != nil {
-		return registry.Volume{}, err
-	}
-	defer leave()
-	e, err := h.load(ctx, name)
+	v, e, leave, err := h.enterLoaded(ctx, name)
 	if err != nil {
 		return e.Record, err
 	}
+	defer leave()
+	name = v.name
 	grown := e.Record
 	grown.Size = size
 	if err := settled(&e.Record); err != nil {

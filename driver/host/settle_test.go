@@ -163,6 +163,7 @@ func TestAnOldRollbackIsNotRepeated(t *testing.T) {
 		b.mustCreate(t, "v")
 		b.mustSnap(t, "v", "one")
 		b.put("default/v", 2)
+		b.VolumeSet.wg.Wait() // openings may be about to end
 		copies := &copyStore{Store: b.VolumeSet.reg, t: t}
 		b.VolumeSet.reg = copies
 		if _, err := b.api.Rollback(ctx, "v", "one", true); err != nil {

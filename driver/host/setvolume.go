@@ -2,11 +2,8 @@ package host
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"strings"
 
-	"scoria/driver/block"
 	"scoria/driver/control"
 	"scoria/driver/registry"
 )
@@ -25,29 +22,17 @@ func (b *backend) SetVolume(ctx context.Context, name string, req control.SetVol
 // it may do. The record changes first; then the volume is closed and opens anew
 // when it is next wanted.
 func (h *VolumeSet) setVolume(ctx context.Context, name string, req control.SetVolume) (registry.Volume, error) {
-	name, err := fullName(name)
+	v, e, leave, err := h.enterLoaded(ctx, name)
 	if err != nil {
-		return registry.Volume{}, &notFoundError{err.Error()}
-	}
-	v, leave, err := h.enter(ctx, name)
-	if err != nil {
-		return registry.Volume{}, err
+		return e.Record, err
 	}
 	defer leave()
-	e, err := h.checkIdle(ctx, name)
+	name = v.name
+	dev, release, err := h.takeIdle(ctx, e, "set")
 	if err != nil {
 		return e.Record, err
 	}
-	if err := settled(&e.Record); err != nil {
-		return e.Record, err
-	}
-	// A volume can't be closed under its clones.
-	if clones, err := h.openClones(ctx, e.Record.ID); err != nil || len(clones) > 0 {
-		if err == nil {
-			err = inUse(name, "its clones "+strings.Join(clones, ", "))
-		}
-		return e.Record, err
-	}
+	defer release()
 	before := e.Record
 	if req.Serial != nil {
 		e.Record.Serial = *req.Serial
@@ -62,19 +47,6 @@ func (h *VolumeSet) setVolume(ctx context.Context, name string, req control.SetV
 		return before, control.Errorf(control.CodeInvalid, "%v", err)
 	case e.Record.Serial == before.Serial && e.Record.ReadOnly == before.ReadOnly:
 		return before, nil
-	}
-	dev := h.device(name)
-	if dev != nil {
-		// Whoever would begin to write now is refused until the change is made.
-		release, err := dev.Claim(block.Claimant{Kind: "control", ID: "set"})
-		var held *block.InUseError
-		if errors.As(err, &held) {
-			return before, inUse(name, held.Holder.String())
-		}
-		if err != nil {
-			return before, err
-		}
-		defer release()
 	}
 	if e, err = registry.Replace(ctx, h.reg, registry.VolumeKey(e.Record.Pool, e.Record.Name), e); err != nil {
 		return before, fmt.Errorf("change volume %s: %w", name, err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"slices"
+	"strings"
 
 	"github.com/google/uuid"
 
@@ -41,8 +42,21 @@ func (b *backend) relate(ctx context.Context, entries []registry.Entry[registry.
 		list[i].Snapshots = count[id.String()]
 		list[i].Clones = clones[id]
 		slices.Sort(list[i].Clones)
+		list[i].Parent = parentName(all, &entries[i].Record)
 	}
 	return nil
+}
+
+// parentName is what a volume was cloned from, with the parent's present name.
+func parentName(all []registry.Entry[registry.Volume], r *registry.Volume) string {
+	if r.Parent == nil {
+		return ""
+	}
+	i := slices.IndexFunc(all, func(e registry.Entry[registry.Volume]) bool { return e.Record.ID == r.Parent.Volume })
+	if _, snapshot, found := strings.Cut(r.Parent.Name, "@"); i >= 0 && found {
+		return all[i].Record.FullName() + "@" + snapshot
+	}
+	return r.Parent.Name
 }
 
 func (b *backend) snapshotAnswer(v *registry.Volume, s *registry.Snapshot) control.Snapshot {

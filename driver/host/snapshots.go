@@ -283,19 +283,11 @@ func refusal(err error) error {
 }
 
 func (h *VolumeSet) renameSnapshot(ctx context.Context, name, from, to string) (registry.Volume, registry.Snapshot, error) {
-	name, err := fullName(name)
-	if err != nil {
-		return registry.Volume{}, registry.Snapshot{}, &notFoundError{err.Error()}
-	}
-	_, leave, err := h.enter(ctx, name)
-	if err != nil {
-		return registry.Volume{}, registry.Snapshot{}, err
-	}
-	defer leave()
-	e, err := h.load(ctx, name)
+	v, e, leave, err := h.enterLoaded(ctx, name)
 	if err != nil {
 		return e.Record, registry.Snapshot{}, err
 	}
+	defer leave()
 	if err := registry.CheckName("snapshot", to); err != nil {
 		return e.Record, registry.Snapshot{}, control.Errorf(control.CodeInvalid, "%v", err)
 	}
@@ -304,7 +296,7 @@ func (h *VolumeSet) renameSnapshot(ctx context.Context, name, from, to string) (
 	}
 	s, err := registry.RenameSnapshot(ctx, h.reg, e.Record.ID, from, to)
 	if errors.Is(err, registry.ErrExist) {
-		return e.Record, s.Record, control.Errorf(control.CodeExists, "snapshot %s@%s exists already", name, to)
+		return e.Record, s.Record, control.Errorf(control.CodeExists, "snapshot %s@%s exists already", v.name, to)
 	}
 	return e.Record, s.Record, refusal(err)
 }

@@ -361,6 +361,10 @@ func TestCrashBetweenAnyTwoSteps(t *testing.T) {
 			_, err := b.api.RenameSnapshot(ctx, "v", "two", "zwei")
 			return err
 		},
+		"rename volume": func(ctx context.Context, b *bench) error {
+			_, err := b.api.RenameVolume(ctx, "c", control.RenameVolume{Name: "d"})
+			return err
+		},
 		"roll back": func(ctx context.Context, b *bench) error {
 			_, err := b.api.Rollback(ctx, "v", "one", true)
 			return err

@@ -120,6 +120,21 @@ func (h *VolumeSet) enter(ctx context.Context, name string) (v *volume, leave fu
 	}
 }
 
+// enterLoaded takes the gate of a volume; the record is as of then.
+func (h *VolumeSet) enterLoaded(ctx context.Context, name string) (v *volume, e registry.Entry[registry.Volume], leave func(), err error) {
+	if name, err = fullName(name); err != nil {
+		return nil, e, nil, &notFoundError{err.Error()}
+	}
+	if v, leave, err = h.enter(ctx, name); err != nil {
+		return nil, e, nil, err
+	}
+	if e, err = h.load(ctx, name); err != nil {
+		leave()
+		return nil, e, nil, err
+	}
+	return v, e, leave, nil
+}
+
 // current says whether v still stands for its name: a deletion ends that.
 func (h *VolumeSet) current(v *volume) bool {
 	h.mu.Lock()

@@ -303,6 +303,35 @@ func RenameSnapshot(ctx context.Context, s Store, volume uuid.UUID, from, to str
 	return e, err
 }
 
+// RenameVolume gives a volume another name in its pool, in one transaction.
+// ErrExist; ErrConflict if the record has changed since it was read.
+func RenameVolume(ctx context.Context, s Store, e Entry[Volume], to string) (Entry[Volume], error) {
+	from := VolumeKey(e.Record.Pool, e.Record.Name)
+	key := VolumeKey(e.Record.Pool, to)
+	if err := CheckName("volume", to); err != nil {
+		return e, err
+	}
+	if _, found, err := s.Get(ctx, key); err != nil || found {
+		if found {
+			err = fmt.Errorf("%s: %w", key, ErrExist)
+		}
+		return e, err
+	}
+	renamed := e
+	renamed.Record.Name = to
+	b, err := encode(renamed.Record)
+	if err != nil {
+		return e, err
+	}
+	renamed.Revision, err = s.Commit(ctx,
+		[]Compare{{Key: from, Revision: e.Revision}, {Key: key}},
+		[]Write{{Key: from}, {Key: key, Value: b}})
+	if err != nil {
+		return e, err
+	}
+	return renamed, nil
+}
+
 // RemoveSnapshots removes the records of a volume that is being deleted, in
 // commits that the store takes.
 func RemoveSnapshots(ctx context.Context, s Store, volume uuid.UUID) error {
