@@ -56,7 +56,9 @@ type checkpoints struct {
 	newest  *publication
 	doomed  []uint64 // SCOs that no published root needs, to be deleted
 
-	published uint64 // sequence of the newest root that is known to be in the store
+	// published is the sequence of the newest root in the store since which no root
+	// of a deleted snapshot is there.
+	published uint64
 
 	// overdue: the newest root says of snapshots what is no longer true.
 	overdue bool

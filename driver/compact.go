@@ -263,16 +263,13 @@ func (v *Volume) writeCompacted(ctx context.Context, m *scoMeta, kept *sco.Kept,
 	return next, crcs, nil
 }
 
-// roomFor makes sure that a file of that size leaves the reserve of the disk alone.
+// roomFor makes sure that a file of that size leaves something of the disk's reserve,
+// which is for what gives room back.
 func (v *Volume) roomFor(size int64) error {
-	need := uint64(size + v.eng.cfg.ReserveBytes)
+	need := uint64(size + v.eng.cfg.ReserveBytes/2)
 	free, err := v.eng.cfg.FS.Free(v.scoDir())
 	if err == nil && free < need {
-		v.eng.evictForRoom(v.scoDir())
-		free, err = v.eng.cfg.FS.Free(v.scoDir())
-	}
-	if err == nil && free < need {
-		err = fmt.Errorf("%w: %d bytes are free, %d are needed with the reserve", syscall.ENOSPC, free, need)
+		err = fmt.Errorf("%w: %d bytes are free, %d are needed with half of the reserve", syscall.ENOSPC, free, need)
 	}
 	return err
 }

@@ -71,6 +71,9 @@ func (r *rig) scoSpots(name string, size int64) []spot {
 		{name, tr.RecordOff + 8, "records"},
 		{name, size - sco.Page + 20, "trailer"},
 	}
+	if tr.Generation > 0 {
+		out = append(out, spot{name, tr.KeptOff() + 3, "table of kept clusters"})
+	}
 	if tr.Clusters > 0 {
 		out = append(out,
 			spot{name, sco.DataOff(tr.Clusters/2) + 1234, "data"},

@@ -7,6 +7,7 @@ import (
 
 	"scoria/driver/block"
 	"scoria/driver/lba"
+	"scoria/driver/sco"
 )
 
 // OpenStillEngine opens an engine whose housekeeper never ticks: what its volumes do
@@ -78,6 +79,49 @@ func (v *Volume) CompactAll(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// CompactWrongly compacts a SCO without one cluster that only a snapshot reaches, as a
+// program that counts wrong would, and returns where it was.
+func (v *Volume) CompactWrongly(ctx context.Context) (lost lba.Location, err error) {
+	v.house.Lock()
+	defer v.house.Unlock()
+	m := v.emptiest()
+	s, before, _, err := v.firstReaching(m.number)
+	if err != nil {
+		return 0, err
+	}
+	if v.reach, err = v.findReached(ctx, m, s, before); err != nil {
+		return 0, err
+	}
+	records, err := v.sealedRecords(ctx, m)
+	if err != nil {
+		return 0, err
+	}
+	right, wrong := v.reach.kept[m.number], sco.NewKept(m.span())
+	for i := range records {
+		r := &records[i]
+		if !r.HasData() || !right.Has(r.Cluster) {
+			continue
+		}
+		loc := lba.MakeLocation(m.number, r.Cluster)
+		if now, err := v.locateIn(ctx, r.LBA); err != nil {
+			return 0, err
+		} else if lost == 0 && now != loc {
+			lost = loc
+			continue
+		}
+		wrong.Add(r.Cluster)
+	}
+	v.reach.kept[m.number] = wrong.Seal()
+	return lost, v.compact(ctx, m)
+}
+
+// ForgetClusters empties the read cache of clusters.
+func (e *Engine) ForgetClusters() {
+	for _, v := range e.list() {
+		e.cache.DropVolume(v.tag)
+	}
 }
 
 // Generation returns that of a SCO, how many clusters it has and how many snapshots

@@ -67,12 +67,12 @@ func (c *checkpoints) publishRoot(ctx context.Context) (bool, error) {
 	if err := c.putAll(ctx, p, rootName(p.sequence)); err != nil {
 		return false, fmt.Errorf("publish checkpoint: %w", err)
 	}
-	c.published = p.sequence
 	if p.alone {
 		v.unlink()
 	}
 	err := c.removeGone(ctx, p.sequence)
 	if err == nil {
+		c.published = p.sequence
 		c.doomed = append(c.doomed, v.doom(p.dead)...)
 	}
 	next := c.newest

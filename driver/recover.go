@@ -171,9 +171,6 @@ func (v *Volume) restoreCheckpoint(ctx context.Context, inv *inventory) error {
 	// findRoot has seen newer ones if this is one that it fell back to.
 	v.ckpt.sequence = max(v.ckpt.sequence, root.Sequence)
 	v.ckpt.pos = position{root.LogSCO, uint32(root.LogRecord)}
-	if v.ckpt.rootStored {
-		v.ckpt.published = root.Sequence
-	}
 	for _, o := range blob.objects {
 		v.ckpt.pinned[o] = true
 	}
@@ -184,6 +181,9 @@ func (v *Volume) restoreCheckpoint(ctx context.Context, inv *inventory) error {
 	}
 	if err := v.restoreSnapshots(ctx, root, blob, found); err != nil {
 		return err
+	}
+	if v.ckpt.rootStored && len(v.ckpt.gone) == 0 {
+		v.ckpt.published = root.Sequence
 	}
 	known := map[uint64]bool{}
 	for i := range blob.scos {

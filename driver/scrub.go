@@ -92,6 +92,7 @@ func (v *Volume) scrub(ctx context.Context) (done bool) {
 		all := u.clusters - min(u.live, u.clusters)
 		slack := uint64(2 * v.cfg.SCOBytes / block.ClusterSize)
 		if float64(all-min(all, u.dead)) < garbageLow*float64(u.live)+float64(slack) {
+			v.reach = nil
 			return true
 		}
 		v.tooMuchGarbage.Store(float64(all) > garbageHigh*float64(u.live)+float64(2*slack))
@@ -198,6 +199,9 @@ func (v *Volume) emptiest() *scoMeta {
 			continue
 		}
 		part := float64(n) / float64(max(m.clusters, 1))
+		if v.reach != nil && v.reach.kept[m.number] != nil && part < 0.5 {
+			part /= 2 // looking at another snapshot's map costs more
+		}
 		if part < fullPart && (best == nil || part < bestPart) {
 			best, bestPart = m, part
 		}

@@ -98,3 +98,61 @@ func (r *rig) rest() {
 		r.vol.WaitSealed()
 	}
 }
+
+// TestSpaceWithSnapshots: a volume that is written over several times between two
+// snapshots, of which the last few are kept, takes little more than what it and they
+// reach, on the local disk and in the store; and when they are deleted, than its live
+// data.
+func TestSpaceWithSnapshots(t *testing.T) {
+	const clusters = 4096
+	ctx := context.Background()
+	r := newStillRig(t, rand.New(rand.NewPCG(4, 1)), clusters, 8)
+	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
+	r.create()
+	var snaps []kept
+	compare := func(when string) {
+		t.Helper()
+		r.rest()
+		space := r.vol.Stats().Space
+		reached := int64(space.Live + space.Snapshots)
+		limit := reached*13/10 + 4*r.cfg.SCOBytes
+		local, stored := r.storedBytes("data/volumes"), r.storedBytes("data/store")
+		t.Logf("%s: live %d KiB, snapshots %d KiB, garbage %d KiB, local %d KiB, store %d KiB; moved %d KiB, compacted %d KiB", when,
+			space.Live>>10, space.Snapshots>>10, space.Garbage>>10, local>>10, stored>>10,
+			r.vol.Stats().ScrubbedBytes>>10, r.vol.Stats().CompactedBytes>>10)
+		if local > limit || stored > limit {
+			t.Errorf("%s: %d bytes are reached; local %d, store %d, both should be at most %d", when, reached, local, stored, limit)
+		}
+		// What is said of space is what is there, but for checkpoints.
+		if said := int64(space.Live + space.Snapshots + space.Garbage + space.Overhead); stored > said+r.pool || said > stored+r.pool {
+			t.Errorf("%s: %d bytes are accounted for, the store has %d", when, said, stored)
+		}
+	}
+	for hour := range 6 {
+		for range raced(3, 1) * clusters {
+			r.must(r.write(r.rng.Uint64N(clusters), 1, 0))
+			if r.rng.IntN(1000) == 0 {
+				r.vol.Housekeep(ctx, 0)
+			}
+		}
+		snaps = append(snaps, r.snap(fmt.Sprint("hour ", hour)))
+		if len(snaps) > 3 {
+			r.unsnap(snaps[0])
+			snaps = snaps[1:]
+		}
+		compare(fmt.Sprint("hour ", hour))
+	}
+	if n := r.vol.Stats().CompactedBytes; n == 0 && raced(1, 0) > 0 {
+		t.Error("nothing was compacted")
+	}
+	r.verify("compacted", func(*effect) bool { return true })
+	r.seesAll(snaps...)
+	r.check()
+	for _, s := range snaps {
+		r.unsnap(s)
+	}
+	compare("no snapshots")
+	r.verify("no snapshots", func(*effect) bool { return true })
+	r.check()
+	r.close()
+}

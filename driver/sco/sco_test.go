@@ -64,20 +64,22 @@ func openSealed(b []byte) (t Trailer, recs []tlog.Record, crcs []uint32, err err
 	return
 }
 
-// TestGolden: a sealed SCO is stored as the package doc draws it, and one that
-// an earlier version wrote opens.
-func TestGolden(t *testing.T) {
-	const name = "testdata/sealed.sco.gz"
-	sealed, trailer, recs := buildSealed(&goldenHeader, 5)
-	if *update {
-		var z bytes.Buffer
-		w := gzip.NewWriter(&z)
-		w.Write(sealed)
-		w.Close()
-		if err := os.WriteFile(name, z.Bytes(), 0o644); err != nil {
-			t.Fatal(err)
-		}
+func zipped(t *testing.T, b []byte) []byte {
+	t.Helper()
+	var z bytes.Buffer
+	w := gzip.NewWriter(&z)
+	if _, err := w.Write(b); err != nil {
+		t.Fatal(err)
 	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return z.Bytes()
+}
+
+// unzipped reads a golden file.
+func unzipped(t *testing.T, name string) []byte {
+	t.Helper()
 	f, err := os.Open(name)
 	if err != nil {
 		t.Fatal(err)
@@ -87,10 +89,24 @@ func TestGolden(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want, err := io.ReadAll(z)
+	b, err := io.ReadAll(z)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return b
+}
+
+// TestGolden: a sealed SCO is stored as the package doc draws it, and one that
+// an earlier version wrote opens.
+func TestGolden(t *testing.T) {
+	const name = "testdata/sealed.sco.gz"
+	sealed, trailer, recs := buildSealed(&goldenHeader, 5)
+	if *update {
+		if err := os.WriteFile(name, zipped(t, sealed), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := unzipped(t, name)
 	if !bytes.Equal(sealed, want) {
 		t.Error("a sealed SCO is not stored as the golden file")
 	}

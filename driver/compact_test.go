@@ -1,0 +1,701 @@
+package driver_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"scoria/alba/vfs"
+	"scoria/driver"
+	"scoria/driver/block"
+)
+
+// kept is a snapshot of a rig beside the version of each cluster in it.
+type kept struct {
+	driver.Snapshot
+	versions []uint64
+}
+
+// snap takes a snapshot when nobody writes.
+func (r *rig) snap(name string) kept {
+	r.t.Helper()
+	s, err := r.vol.CreateSnapshot(context.Background(), randomID(r.rng), name, nil)
+	r.must(err)
+	r.cfg.Snapshots = append(r.cfg.Snapshots, s)
+	k := kept{s, make([]uint64, len(r.history))}
+	for c, h := range r.history {
+		k.versions[c] = h[len(h)-1].version
+	}
+	return k
+}
+
+// unsnap deletes a snapshot.
+func (r *rig) unsnap(k kept) {
+	r.t.Helper()
+	for i, s := range r.cfg.Snapshots {
+		if s.ID == k.ID {
+			r.cfg.Snapshots = append(r.cfg.Snapshots[:i:i], r.cfg.Snapshots[i+1:]...)
+			break
+		}
+	}
+	r.must(r.vol.DeleteSnapshot(context.Background(), k.ID))
+}
+
+// sees reads all of a snapshot, or of a clone of it.
+func (r *rig) sees(k kept, dev block.Device) {
+	r.t.Helper()
+	if err := k.seen(dev); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (k *kept) seen(dev block.Device) error {
+	buf := make([]byte, 64*cluster)
+	for first := uint64(0); first < uint64(len(k.versions)); first += 64 {
+		n := min(64, uint64(len(k.versions))-first)
+		p := buf[:n*cluster]
+		if err := do(dev, &block.Request{Op: block.OpRead, Offset: first * cluster, Length: uint64(len(p)), Segments: [][]byte{p}}); err != nil {
+			return fmt.Errorf("snapshot %s: %w", k.Name, err)
+		}
+		for i := range n {
+			version, ok := readStamp(p[i*cluster:(i+1)*cluster], first+i)
+			if want := k.versions[first+i]; !ok || version != want {
+				return fmt.Errorf("snapshot %s: cluster %d reads as version %d, ok %v; it is %d", k.Name, first+i, version, ok, want)
+			}
+		}
+	}
+	return nil
+}
+
+// seesAll reads snapshots by their views.
+func (r *rig) seesAll(list ...kept) {
+	r.t.Helper()
+	for _, k := range list {
+		view, err := r.vol.OpenSnapshot(context.Background(), k.ID)
+		r.must(err)
+		r.sees(k, view)
+		r.must(view.Close())
+	}
+}
+
+// settle seals, uploads and publishes everything, and deletes what has only to be
+// deleted.
+func (r *rig) settle() {
+	r.t.Helper()
+	for try := 0; try < 3 || !r.vol.Settled(); try++ {
+		r.must(ignoreFull(r.vol.CheckpointAnew(context.Background())))
+		r.vol.WaitSealed()
+		for range 3 { // the one that waits, the one behind it, and what is dead
+			_, err := r.vol.Publish(context.Background())
+			r.must(err)
+		}
+		if try > 200 {
+			r.t.Fatal("there is always something left to do")
+		}
+	}
+}
+
+// garbled fills a volume so that it has two snapshots in SCOs that are mostly garbage,
+// all of it in the store.
+func garbled(r *rig) (snaps []kept) {
+	r.t.Helper()
+	size := uint64(len(r.history))
+	for i := range uint64(2) {
+		r.must(r.write(0, size, 0))
+		for k := range uint64(3) { // every SCO keeps some of it
+			for c := uint64(0); c < size; c += 8 {
+				r.must(r.write(c+k, 3+i, 0))
+			}
+		}
+		snaps = append(snaps, r.snap(fmt.Sprint("s", i)))
+	}
+	r.must(r.write(size/10, size*6/10, 0))
+	r.settle()
+	return snaps
+}
+
+// compactedSCOs lists the SCOs of later generations in the store.
+func (r *rig) compactedSCOs() (out []string) {
+	r.t.Helper()
+	for _, n := range r.stored("sco-") {
+		if strings.Contains(n, ".") {
+			out = append(out, n)
+		}
+	}
+	return out
+}
+
+// exact compacts what can be and sees that nothing else takes space.
+func (r *rig) exact() {
+	r.t.Helper()
+	r.settle()
+	r.must(r.vol.CompactAll(context.Background()))
+	r.settle()
+	var want []string
+	reached, _, err := r.vol.Reached(context.Background())
+	r.must(err)
+	for n := range reached {
+		generation, clusters, pinned := r.vol.Generation(n)
+		if pinned > 0 && clusters != pinned {
+			r.t.Errorf("SCO %d has %d clusters, snapshots reach %d", n, clusters, pinned)
+		}
+		want = append(want, driver.ObjectName(n, generation))
+	}
+	have := map[string]bool{}
+	for _, n := range r.stored("sco-") {
+		have[n] = true
+	}
+	for _, n := range want {
+		if !have[n] {
+			r.t.Errorf("%s is reached and not in the store", n)
+		}
+		delete(have, n)
+	}
+	if len(have) > 0 {
+		r.t.Errorf("the store has what nothing reaches: %v", have)
+	}
+}
+
+// compactAndPublish compacts all that there is to compact and gives the space back.
+func (r *rig) compactAndPublish() error {
+	ctx := context.Background()
+	if err := r.vol.CompactAll(ctx); err != nil {
+		return err
+	}
+	if err := r.vol.CheckpointAnew(ctx); err != nil {
+		return err
+	}
+	for range 2 {
+		if _, err := r.vol.Publish(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// comesBack opens what a death left and sees that all is there, and that the work can
+// be finished.
+func (r *rig) comesBack(after string, snaps []kept) {
+	r.t.Helper()
+	r.reopen()
+	r.verify(after, func(*effect) bool { return true })
+	r.seesAll(snaps...)
+	if rep, err := r.vol.Check(context.Background(), nil); err != nil || len(rep.Problems) > 0 {
+		r.t.Fatalf("%s: check: %v %q", after, err, rep.Problems)
+	}
+	r.exact()
+	r.seesAll(snaps...)
+	r.check()
+	if r.t.Failed() {
+		r.t.Fatal(after)
+	}
+	r.close()
+}
+
+// TestP2CompactionCrashAtEveryStep: power is lost at any call to the disk, of the
+// volume's or of its store's, while SCOs are compacted, the root that says so is written
+// and published, and the old ones are deleted. The volume and its snapshots read as
+// before, and when all is done no object too many is left.
+func TestP2CompactionCrashAtEveryStep(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
+	r := newStillRig(t, rand.New(rand.NewPCG(5, 1)), 256, 4)
+	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
+	r.create()
+	snaps := garbled(r)
+	type moment struct {
+		call string
+		fs   *vfs.Mem
+	}
+	var mu sync.Mutex
+	var moments []moment
+	fsys, n := r.fs, 0
+	fsys.SetHook(func(op vfs.Op, file string) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if n++; op != vfs.OpRead && op != vfs.OpOpen {
+			moments = append(moments, moment{fmt.Sprintf("power loss at call %d, %v of %s", n, op, file), fsys.CrashClone(r.rng)})
+		}
+		return nil
+	})
+	r.must(r.compactAndPublish())
+	fsys.SetHook(nil)
+	if len(r.compactedSCOs()) == 0 || len(moments) < 50 {
+		t.Fatalf("%v were compacted in %d calls", r.compactedSCOs(), n)
+	}
+	t.Logf("%d moments", len(moments))
+	r.exact()
+	r.close()
+	history := r.history
+	for i := 0; i < len(moments); i += raced(1, 5) {
+		r.history = append([][]*effect(nil), history...)
+		r.fs = moments[i].fs
+		r.boot++
+		r.comesBack(moments[i].call, snaps)
+	}
+}
+
+// TestP3CompactionKilledAtEveryStep: likewise for the daemon's death.
+func TestP3CompactionKilledAtEveryStep(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
+	for call := 1; ; call += raced(9, 47) {
+		r := newStillRig(t, rand.New(rand.NewPCG(uint64(call), 9)), 256, 4)
+		r.wrap = func(s driver.Store) driver.Store { return copies{s} }
+		r.create()
+		snaps := garbled(r)
+		tr := r.setTrap(call, r.killClone)
+		ended := make(chan struct{})
+		var err error
+		go func() { err = r.compactAndPublish(); close(ended) }()
+		select {
+		case <-ended:
+		case <-tr.sprung:
+			doomUntil(t, r.eng, ended)
+		}
+		d, died := tr.disarm()
+		if !died {
+			r.must(err)
+			r.close()
+			if call < 100 {
+				t.Fatalf("only %d calls were tried", call)
+			}
+			return
+		}
+		r.eng.Abandon()
+		r.fs = d.clone
+		r.comesBack(fmt.Sprintf("kill at call %d", call), snaps)
+	}
+}
+
+// TestP10CompactedFromTheStoreAlone: with the local disk lost, the store has the volume
+// and its snapshots, whether or not the root that names the compacted SCOs got there.
+func TestP10CompactedFromTheStoreAlone(t *testing.T) {
+	for _, published := range []bool{false, true} {
+		r := newStillRig(t, rand.New(rand.NewPCG(6, 1)), 1024, 8)
+		r.wrap = func(s driver.Store) driver.Store { return copies{s} }
+		r.create()
+		ctx := context.Background()
+		snaps := garbled(r)
+		r.must(r.vol.CompactAll(ctx))
+		r.must(r.vol.CheckpointAnew(ctx))
+		if published {
+			r.settle()
+		}
+		r.crash()
+		for _, dir := range []string{"data/volumes", "run"} {
+			r.must(r.fs.RemoveAll(dir))
+		}
+		r.start()
+		found, err := r.eng.FindSnapshots(ctx, r.cfg)
+		r.must(err)
+		r.cfg.Snapshots = found
+		r.mustOpen()
+		r.verify("P10", func(*effect) bool { return true })
+		r.seesAll(snaps...)
+		r.check()
+		r.exact()
+		r.check()
+		r.close()
+	}
+}
+
+// TestCompactionAgain: deleting a snapshot leaves garbage in what was compacted for it,
+// which is compacted once more, or relocated if no snapshot is left.
+func TestCompactionAgain(t *testing.T) {
+	r := newStillRig(t, rand.New(rand.NewPCG(7, 1)), 1024, 8).create()
+	snaps := garbled(r)
+	r.exact()
+	first := len(r.compactedSCOs())
+	r.unsnap(snaps[0])
+	r.exact()
+	r.verify("the first snapshot is deleted", func(*effect) bool { return true })
+	r.seesAll(snaps[1])
+	r.check()
+	r.unsnap(snaps[1])
+	r.settle()
+	r.must(r.vol.ScrubAll(context.Background()))
+	r.settle()
+	r.verify("no snapshot is left", func(*effect) bool { return true })
+	r.check()
+	reached, _, err := r.vol.Reached(context.Background())
+	r.must(err)
+	for n := range r.vol.Held() {
+		if generation, clusters, _ := r.vol.Generation(n); generation > 0 && int(clusters) != reached[n] {
+			t.Errorf("SCO %d, generation %d, has %d clusters and %d are live", n, generation, clusters, reached[n])
+		}
+	}
+	if first < 2 {
+		t.Errorf("%d SCOs were compacted", first)
+	}
+	r.close()
+}
+
+// TestP5ReadersOfWhatIsCompacted: a view, a clone and the volume are read all the time
+// while the SCOs under them are compacted, put, deleted, and evicted.
+func TestP5ReadersOfWhatIsCompacted(t *testing.T) {
+	r := newRig(t, rand.New(rand.NewPCG(8, 1)), 1024, 8)
+	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
+	r.create()
+	ctx := context.Background()
+	last := garbled(r)[1]
+	view, err := r.vol.OpenSnapshot(ctx, last.ID)
+	r.must(err)
+	cfg := r.cfg
+	cfg.ID, cfg.Name, cfg.Snapshots = randomID(r.rng), "default/clone", nil
+	r.must(r.eng.CreateClone(ctx, cfg, r.vol, last.ID))
+	clone, err := r.eng.OpenVolume(ctx, cfg)
+	r.must(err)
+	c := r.newCrew()
+	for _, dev := range []block.Device{view, clone} {
+		c.run("reader of "+dev.Info().Name, 1, func(*rand.Rand) error { return last.seen(dev) })
+	}
+	c.run("reader", 2, func(rng *rand.Rand) error {
+		first, n := span(rng, 0, 1024, 16)
+		return r.read(first, n)
+	})
+	c.run("forgetter", 3, func(rng *rand.Rand) error {
+		r.eng.ForgetRAM()
+		r.eng.ForgetClusters()
+		if rng.IntN(4) == 0 {
+			r.vol.DropLocalCopies()
+		}
+		return r.flush()
+	})
+	before := r.vol.Stats().CompactedBytes
+	for round := range uint64(raced(12, 4)) {
+		var old []kept
+		for k := range uint64(3) { // each pins a little of a full volume
+			for at := uint64(0); at < 1024; at += 64 {
+				r.must(r.write(at, 60-8*k, 0))
+			}
+			r.must(r.write(round*20, 20, 0))
+			old = append(old, r.snapBeside(fmt.Sprint("r", round, "-", k)))
+		}
+		r.must(r.vol.Checkpoint(ctx))
+		r.vol.WaitSealed()
+		r.must(r.vol.CompactAll(ctx))
+		for range 3 {
+			r.must(ignoreFull(r.vol.CheckpointAnew(ctx)))
+			r.vol.WaitSealed()
+			_, err := r.vol.Publish(ctx)
+			r.must(err)
+		}
+		for _, k := range old {
+			r.unsnap(k)
+		}
+	}
+	c.fire()
+	if n := r.vol.Stats().CompactedBytes - before; n < 1<<20 {
+		t.Errorf("%d bytes were compacted", n)
+	}
+	r.sees(last, view)
+	r.sees(last, clone)
+	r.must(view.Close())
+	for _, v := range []*driver.Volume{r.vol, clone} {
+		rep, err := v.Check(ctx, nil)
+		if err != nil || len(rep.Problems) > 0 {
+			t.Fatalf("check: %v %q", err, rep.Problems)
+		}
+	}
+	r.close()
+}
+
+// snapBeside takes a snapshot while others read.
+func (r *rig) snapBeside(name string) kept {
+	r.t.Helper()
+	s, err := r.vol.CreateSnapshot(context.Background(), randomID(r.rng), name, nil)
+	r.must(err)
+	r.cfg.Snapshots = append(r.cfg.Snapshots, s)
+	return kept{Snapshot: s}
+}
+
+// isGeneration reports whether a name in the store is a compacted SCO's.
+func isGeneration(name string) bool {
+	return strings.HasPrefix(name, "sco-") && strings.Contains(name, ".")
+}
+
+// TestP8CompactionAndTheStore: a store that does not take a compacted SCO, hangs, does
+// not give it back, gives back something else or does not delete the old one costs
+// nothing but space, until it works again.
+func TestP8CompactionAndTheStore(t *testing.T) {
+	type trouble struct {
+		what string
+		set  func(s *liar, give func())
+		ok   bool // the compaction succeeds
+	}
+	for _, c := range []trouble{
+		{what: "no put", set: func(s *liar, _ func()) {
+			s.on(func(_ context.Context, name string) error {
+				if isGeneration(name) {
+					return errAway
+				}
+				return nil
+			}, nil)
+		}},
+		{what: "a put hangs", set: func(s *liar, give func()) {
+			s.on(func(ctx context.Context, name string) error {
+				if !isGeneration(name) {
+					return nil
+				}
+				give()
+				<-ctx.Done()
+				return ctx.Err()
+			}, nil)
+		}},
+		{what: "no answer", set: func(s *liar, _ func()) { s.lie.Store(1) }},
+		{what: "a lie", set: func(s *liar, _ func()) { s.lie.Store(2) }},
+		{what: "no deletion", ok: true, set: func(s *liar, _ func()) {
+			s.on(nil, func(name string) error {
+				if strings.HasPrefix(name, "sco-") {
+					return errAway
+				}
+				return nil
+			})
+		}},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			s := &liar{}
+			r := newStillRig(t, rand.New(rand.NewPCG(9, 1)), 1024, 8)
+			r.wrap = func(inner driver.Store) driver.Store {
+				s.Store = copies{inner}
+				return s
+			}
+			r.create()
+			snaps := garbled(r)
+			before := r.stored("sco-")
+			ctx, give := context.WithCancel(context.Background())
+			defer give()
+			c.set(s, give)
+			if err := r.vol.CompactAll(ctx); (err == nil) != c.ok {
+				t.Fatalf("compaction: %v", err)
+			}
+			r.must(r.vol.CheckpointAnew(context.Background()))
+			for range 2 {
+				if _, err := r.vol.Publish(context.Background()); err != nil && !errors.Is(err, errAway) {
+					t.Fatal(err)
+				}
+			}
+			s.lie.Store(0) // reading is what shows whether anything is lost
+			for _, n := range before {
+				if _, err := r.cfg.Store.Size(context.Background(), r.cfg.ID.String(), n); err != nil {
+					t.Errorf("%s: %v", n, err)
+				}
+			}
+			r.seesAll(snaps...)
+			r.check()
+			r.crash().reopen()
+			r.verify("while the store is in trouble", func(*effect) bool { return true })
+			r.seesAll(snaps...)
+			s.on(nil, nil)
+			r.exact()
+			r.verify("after it", func(*effect) bool { return true })
+			r.seesAll(snaps...)
+			r.check()
+			r.close()
+		})
+	}
+}
+
+// liar is a store that can be made to give compacted SCOs back wrong.
+type liar struct {
+	touchyStore
+	lie atomic.Int32 // 1: it does not answer, 2: it changes a byte
+}
+
+func (l *liar) ReadAt(ctx context.Context, ns, name string, p []byte, off int64) error {
+	how := l.lie.Load()
+	if how == 1 && isGeneration(name) {
+		return errAway
+	}
+	err := l.Store.ReadAt(ctx, ns, name, p, off)
+	if how == 2 && isGeneration(name) && off == cluster {
+		p[17] ^= 1
+	}
+	return err
+}
+
+// TestP8CompactionAndTheDisk: a disk that is full, or fails a write or a sync of the new
+// file, keeps the SCO as it was; flushes go on.
+func TestP8CompactionAndTheDisk(t *testing.T) {
+	for _, op := range []vfs.Op{vfs.OpWrite, vfs.OpSync, vfs.OpOpen} {
+		t.Run(fmt.Sprint(op), func(t *testing.T) {
+			r := newStillRig(t, rand.New(rand.NewPCG(10, 1)), 1024, 8).create()
+			snaps := garbled(r)
+			before := r.stored("sco-")
+			r.fs.SetHook(func(o vfs.Op, name string) error {
+				if o == op && strings.HasSuffix(name, ".sco") && strings.Count(name, ".") == 2 {
+					return errAway
+				}
+				return nil
+			})
+			if err := r.vol.CompactAll(context.Background()); !errors.Is(err, errAway) {
+				t.Fatalf("compaction: %v", err)
+			}
+			r.fs.SetHook(nil)
+			r.settle()
+			if after := r.stored("sco-"); fmt.Sprint(after) != fmt.Sprint(before) {
+				t.Errorf("the store has %v, it had %v", after, before)
+			}
+			names, err := r.fs.List("data/volumes/" + r.cfg.ID.String() + "/sco")
+			r.must(err)
+			for _, n := range names {
+				if strings.Count(n, ".") == 2 {
+					t.Errorf("%s is left", n)
+				}
+			}
+			r.must(r.write(3, 1, 0))
+			r.must(r.flush())
+			r.seesAll(snaps...)
+			r.exact()
+			r.verify("after it", func(*effect) bool { return true })
+			r.seesAll(snaps...)
+			r.check()
+			r.close()
+		})
+	}
+}
+
+// TestCheckFindsWrongCompaction: a compacted SCO that is damaged anywhere, in one copy,
+// or that lacks what a snapshot reaches, is reported; and never reads as another.
+func TestCheckFindsWrongCompaction(t *testing.T) {
+	ctx := context.Background()
+	r := newStillRig(t, rand.New(rand.NewPCG(11, 1)), 1024, 8)
+	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
+	r.create()
+	garbled(r)
+	r.exact()
+	name := r.compactedSCOs()[0]
+	r.close()
+	dir := "data/volumes/" + r.cfg.ID.String() + "/sco/"
+	files := []string{dir + strings.TrimPrefix(name, "sco-") + ".sco"}
+	for _, s := range r.spots() {
+		if strings.HasSuffix(s.file, "/"+name) {
+			files = append(files, s.file)
+			break
+		}
+	}
+	if len(files) != 2 {
+		t.Fatalf("copies of %s: %v", name, files)
+	}
+	for _, file := range files {
+		info, err := r.fs.Stat(file)
+		r.must(err)
+		for _, s := range r.scoSpots(file, info.Size()) {
+			r.must(r.fs.Corrupt(s.file, s.off))
+			r.reopen()
+			rep, err := r.vol.Check(ctx, nil)
+			if err != nil || len(rep.Problems) == 0 {
+				t.Errorf("%s of %s is damaged: %v %q", s.what, s.file, err, rep.Problems)
+			}
+			r.close()
+			r.must(r.fs.Corrupt(s.file, s.off)) // it flips the bits back
+		}
+	}
+	r.reopen()
+	r.check()
+	r.close()
+}
+
+// TestCheckFindsWhatWasNotKept: see there.
+func TestCheckFindsWhatWasNotKept(t *testing.T) {
+	ctx := context.Background()
+	r := newStillRig(t, rand.New(rand.NewPCG(12, 1)), 1024, 8).create()
+	snaps := garbled(r)
+	lost, err := r.vol.CompactWrongly(ctx)
+	r.must(err)
+	r.settle()
+	r.eng.ForgetRAM()
+	r.eng.ForgetClusters()
+	rep, err := r.vol.Check(ctx, nil)
+	if text := fmt.Sprint(rep.Problems); err != nil || !strings.Contains(text, "was not kept") {
+		t.Errorf("check: %v %q", err, rep.Problems)
+	}
+	wrong := 0
+	buf := make([]byte, cluster)
+	for _, k := range snaps {
+		view, err := r.vol.OpenSnapshot(ctx, k.ID)
+		r.must(err)
+		for c, want := range k.versions {
+			if err := do(view, readOf(uint64(c), buf)); err != nil {
+				if !errors.Is(err, block.ErrCorrupt) {
+					t.Errorf("cluster %d: %v", c, err)
+				}
+				wrong++
+			} else if version, ok := readStamp(buf, uint64(c)); !ok || version != want {
+				t.Errorf("P5: cluster %d reads as version %d, it is %d", c, version, want)
+			}
+		}
+		r.must(view.Close())
+	}
+	if wrong == 0 || wrong > 2 {
+		t.Errorf("%d clusters can't be read, %s was not kept", wrong, lost)
+	}
+	r.close()
+}
+
+// TestCompactedSCOLost: the generation that counts is gone; the one before it, which a
+// crash kept from being deleted, takes its place.
+func TestCompactedSCOLost(t *testing.T) {
+	r := newStillRig(t, rand.New(rand.NewPCG(13, 1)), 1024, 8)
+	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
+	r.create()
+	ctx := context.Background()
+	snaps := garbled(r)
+	r.must(r.vol.CompactAll(ctx))
+	r.must(r.vol.CheckpointAnew(ctx)) // on the local disk only
+	ns := r.cfg.ID.String()
+	names := r.compactedSCOs()
+	for _, n := range names {
+		r.must(r.cfg.Store.Delete(ctx, ns, n, 1))
+	}
+	r.crash()
+	for _, n := range names {
+		r.must(r.fs.Remove("data/volumes/" + ns + "/sco/" + strings.TrimPrefix(n, "sco-") + ".sco"))
+	}
+	r.reopen()
+	r.verify("the generation before", func(*effect) bool { return true })
+	r.seesAll(snaps...)
+	r.check()
+	r.exact()
+	r.seesAll(snaps...)
+	r.check()
+	r.close()
+}
+
+// TestP2CompactedBehindTheCheckpoint: with only a root from before them, compacted SCOs
+// can't be replayed: the volume is refused, not opened with less than it had.
+func TestP2CompactedBehindTheCheckpoint(t *testing.T) {
+	ctx := context.Background()
+	r := newStillRig(t, rand.New(rand.NewPCG(14, 1)), 1024, 8)
+	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
+	r.create()
+	r.must(r.write(0, 5, 0))
+	r.settle()
+	old := r.stored("root-")[0]
+	size, err := r.cfg.Store.Size(ctx, r.cfg.ID.String(), old)
+	r.must(err)
+	root := make([]byte, size)
+	r.must(r.cfg.Store.ReadAt(ctx, r.cfg.ID.String(), old, root, 0))
+	garbled(r)
+	r.exact()
+	for _, n := range r.stored("root-") {
+		r.must(r.cfg.Store.Delete(ctx, r.cfg.ID.String(), n, 1))
+	}
+	r.must(r.cfg.Store.Put(ctx, r.cfg.ID.String(), old, 1, driver.Object{Data: bytes.NewReader(root), Size: size}))
+	r.crash()
+	r.must(r.fs.RemoveAll("data/volumes"))
+	r.start()
+	if err := r.tryOpen(); !errors.Is(err, block.ErrCorrupt) {
+		t.Fatalf("opened: %v", err)
+	}
+	r.close()
+}
