@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -81,48 +82,49 @@ func (v *Volume) compact(ctx context.Context, m *scoMeta) error {
 	return nil
 }
 
-// firstReaching is s(n), and what stands before it. ok is false if no snapshot pins
-// the SCO any more.
-func (v *Volume) firstReaching(n uint64) (s, before Snapshot, ok bool, err error) {
+// firstReaching is s(n), what stands before it, and how many clusters of the SCO are
+// pinned: 0 if no snapshot reaches it any more.
+func (v *Volume) firstReaching(n uint64) (s, before Snapshot, pin uint32, err error) {
 	v.metaMu.Lock()
 	defer v.metaMu.Unlock()
-	if v.pins[n] == 0 {
-		return s, before, false, nil
+	if pin = v.pins[n]; pin == 0 {
+		return s, before, 0, nil
 	}
 	before = v.origin
 	for _, o := range v.snaps {
 		if o.SCO >= n {
-			return o.Snapshot, before, true, nil
+			return o.Snapshot, before, pin, nil
 		}
 		before = o.Snapshot
 	}
-	return s, before, false, fmt.Errorf("SCO %d: %w", n, errPins)
+	return s, before, pin, fmt.Errorf("SCO %d: %w", n, errPins)
 }
 
-// reachedBySnapshots is which clusters of a SCO snapshots reach; nil if none.
+// reachedBySnapshots is which clusters of a SCO snapshots reach; nil if that has just
+// changed. There must be as many as are pinned.
 func (v *Volume) reachedBySnapshots(ctx context.Context, m *scoMeta) (*sco.Kept, error) {
-	s, before, ok, err := v.firstReaching(m.number)
-	if err != nil || !ok {
+	s, before, pin, err := v.firstReaching(m.number)
+	if err != nil || pin == 0 {
 		return nil, err
 	}
 	if v.reach == nil || v.reach.snapshot != s.ID || v.reach.kept[m.number] == nil {
 		if v.reach, err = v.findReached(ctx, m, s, before); err != nil {
 			v.reach = nil
-			if _, _, still, _ := v.firstReaching(m.number); !still || !v.hasSnapshot(s.ID) {
-				return nil, nil // it was being deleted
-			}
-			return nil, err
 		}
+	}
+	now, _, pin, nerr := v.firstReaching(m.number)
+	if nerr == nil && (pin == 0 || now.ID != s.ID) {
+		return nil, nil // the snapshot was being deleted
+	}
+	if err := cmp.Or(err, nerr); err != nil {
+		return nil, err
 	}
 	kept := v.reach.kept[m.number]
 	delete(v.reach.kept, m.number)
+	if kept.Len() != pin {
+		return nil, fmt.Errorf("SCO %d: snapshot %s reaches %d clusters, %d are pinned: %w", m.number, s.Name, kept.Len(), pin, block.ErrCorrupt)
+	}
 	return kept, nil
-}
-
-func (v *Volume) hasSnapshot(id uuid.UUID) bool {
-	v.metaMu.Lock()
-	defer v.metaMu.Unlock()
-	return v.findSnapshot(id) >= 0
 }
 
 // findReached reads what a snapshot's map says of m and of other SCOs with garbage

@@ -114,7 +114,15 @@ func (v *Volume) CompactWrongly(ctx context.Context) (lost lba.Location, err err
 		wrong.Add(r.Cluster)
 	}
 	v.reach.kept[m.number] = wrong.Seal()
+	v.addPin(m.number, ^uint32(0))
+	defer v.addPin(m.number, 1)
 	return lost, v.compact(ctx, m)
+}
+
+func (v *Volume) addPin(n uint64, delta uint32) {
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	v.pins[n] += delta
 }
 
 // ForgetClusters empties the read cache of clusters.
