@@ -65,12 +65,12 @@ func connections(t *testing.T, n int) int {
 	return min(n, (int(min(limit.Cur, 1<<20))-len(open)-others)/2)
 }
 
-func memoryInUse() uint64 {
+func memoryInUse() int64 {
 	runtime.GC()
 	runtime.GC() // what pools held is gone after the second
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
-	return m.HeapAlloc + m.StackInuse
+	return int64(m.HeapAlloc + m.StackInuse)
 }
 
 // Thousands of connections cost little each; one too many is told so; whoever has
@@ -110,7 +110,7 @@ func TestP7ThousandsOfConnections(t *testing.T) {
 			}
 		}
 	}
-	if each := (memoryInUse() - before) / uint64(n-1); each > perConnection {
+	if each := (memoryInUse() - before) / int64(n-1); each > perConnection {
 		t.Errorf("%d connections take %d bytes each, want at most %d", n-1, each, perConnection)
 	} else {
 		t.Logf("%d connections take %d bytes each", n-1, each)
