@@ -359,7 +359,7 @@ func (c *checkpoints) unmake() bool {
 func (c *checkpoints) syncLog(once bool) error {
 	v := c.v
 	if !once {
-		return v.syncAll()
+		return v.syncAll(v.gently())
 	}
 	if v.failed.Load() {
 		return fmt.Errorf("%w: an earlier sync failed", block.ErrFailed)
@@ -368,7 +368,7 @@ func (c *checkpoints) syncLog(once bool) error {
 	target := v.cur
 	records, _ := unpack(target.head.Load())
 	v.gate.RUnlock()
-	return v.trySync(target, records)
+	return v.trySync(target, records, v.gently())
 }
 
 // encodeRoot is done when the pages are written: a snapshot then knows which page

@@ -22,10 +22,13 @@ import (
 
 // spillAt is the part of the pool from which on the head is written out without
 // a flush asking for it; throttleAt the part from which on writers are slowed.
-// Once begun, writing out goes on until drainedAt: the next burst finds room.
+// Once begun, writing out goes on until drainedAt: the next burst finds room. Up to
+// hurryAt it gets the CPU time that is left over (niceness), which next to a worker
+// that polls is none; from then on its fair share.
 const (
 	drainedAt  = 0.10
 	spillAt    = 0.50
+	hurryAt    = (spillAt + throttleAt) / 2
 	throttleAt = 0.75
 )
 
@@ -416,12 +419,17 @@ func (e *Engine) evictOne() bool {
 	return true
 }
 
-// spillRate keeps the smoothed time that writing out a cluster takes.
-func (e *Engine) spillRate(clusters int, took time.Duration) {
+// spillRate keeps the smoothed time that writing out a cluster takes. In a write
+// that nobody was in a hurry for, most of that may be waiting for the CPU: it can
+// show that the disk is faster than was known, but not that it is slower.
+func (e *Engine) spillRate(clusters int, took time.Duration, hurry bool) {
 	per := int64(took) / int64(clusters)
 	old := e.perCluster.Load()
 	if old == 0 {
 		old = per
+	}
+	if !hurry && per > old {
+		return
 	}
 	e.perCluster.Store((old*7 + per) / 8)
 }

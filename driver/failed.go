@@ -31,7 +31,7 @@ func (v *Volume) spillFailed() (more bool, err error) {
 		switch {
 		case l.spilledC >= clusters && (!closed || l.spilledR >= records):
 		case closed:
-			return true, v.spill(l, records, spillPiece)
+			return true, v.spill(l, records, spillPiece, v.gently())
 		default:
 			return true, v.spillWhole(l, clusters)
 		}

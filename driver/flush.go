@@ -130,9 +130,9 @@ func (v *Volume) ioLoop() {
 		}
 		v.io.mu.Unlock()
 
-		lower(len(waiters) == 0 && v.eng.pool.fill() < throttleAt)
+		lower(len(waiters) == 0 && v.eng.pool.fill() < hurryAt)
 		if len(waiters) > 0 {
-			err := v.syncAll()
+			err := v.syncAll(maxVec)
 			v.io.mu.Lock()
 			waiters, v.io.served = v.io.served, nil
 			v.io.mu.Unlock()
@@ -193,7 +193,7 @@ func (v *Volume) ioStep() (more bool, err error) {
 	records, clusters := unpack(l.head.Load())
 	if closed {
 		if l.spilledR < records || l.spilledC < clusters {
-			return true, v.spill(l, records, spillPiece)
+			return true, v.spill(l, records, spillPiece, v.gently())
 		}
 		return true, v.seal(l)
 	}
@@ -210,7 +210,7 @@ func (v *Volume) ioStep() (more bool, err error) {
 	v.io.spill = false
 	v.io.mu.Unlock()
 	if all && l.spilledR < records {
-		return false, v.spill(l, records, -1)
+		return false, v.spill(l, records, -1, v.gently())
 	}
 	return false, nil
 }
@@ -241,8 +241,9 @@ func (v *Volume) ioFailed(err error) {
 
 // syncAll makes everything in the log durable: data and records of each SCO that
 // is not sealed, oldest first, then one sync for each file that was written.
-// A failed sync fails this and all later flushes (see package vfs).
-func (v *Volume) syncAll() error {
+// A failed sync fails this and all later flushes (see package vfs). one is how many
+// chunks a write to the disk takes.
+func (v *Volume) syncAll(one int) error {
 	if v.failed.Load() {
 		return fmt.Errorf("flush: %w: an earlier sync failed", block.ErrFailed)
 	}
@@ -251,7 +252,7 @@ func (v *Volume) syncAll() error {
 	records, _ := unpack(target.head.Load())
 	v.gate.RUnlock()
 	for {
-		err := v.trySync(target, records)
+		err := v.trySync(target, records, one)
 		if err == nil {
 			v.settle("disk-full")
 			v.settle("disk-error")
@@ -302,7 +303,8 @@ func (v *Volume) stopSpawning() {
 	v.io.mu.Unlock()
 }
 
-func (v *Volume) trySync(target *logSCO, records uint32) error {
+// trySync is one attempt of syncAll, up to a record of target.
+func (v *Volume) trySync(target *logSCO, records uint32, one int) error {
 	v.ioMu.Lock()
 	defer v.ioMu.Unlock()
 	v.metaMu.Lock()
@@ -321,7 +323,7 @@ func (v *Volume) trySync(target *logSCO, records uint32) error {
 		}
 		l.flushed = true
 		if l.spilledR < upTo {
-			if err := v.spill(l, upTo, -1); err != nil {
+			if err := v.spill(l, upTo, -1, one); err != nil {
 				return err
 			}
 		}

@@ -130,7 +130,7 @@ func (v *Volume) housekeep(ctx context.Context, idle time.Duration) {
 	quiet := v.publishNow(ctx)
 	due, must := v.checkpointDue(idle)
 	due = due || v.ckpt.isOverdue()
-	if due && (must || v.ckpt.idle()) {
+	if due && (must || v.ckpt.idle() && !v.behind()) {
 		quiet = false
 		v.checkpointNow(ctx)
 	}
@@ -152,6 +152,17 @@ func (v *Volume) checkpointDue(idle time.Duration) (due, must bool) {
 	return (since > checkpointMin && since > 4*int64(v.m.Stats().DirtyPages)) ||
 		(idle > idleSeal && (v.unsealedRecords() > 0 || u.retired)) || u.reclaimable(v), false
 }
+
+// behind reports whether more of the log than a checkpoint should have to write out
+// is only in the write buffer. A checkpoint does that at once, at the expense of the
+// guests' requests; it is better to leave it to ioLoop, which yields to them, and to
+// make the checkpoint then. This does not put it off for ever: past checkpointMax
+// it must be made, and the pool holds only so much.
+func (v *Volume) behind() bool {
+	return int64(v.dirtyChunks.Load())*chunkBytes > behindSCOs*v.cfg.SCOBytes && v.eng.pool.fill() < throttleAt
+}
+
+const behindSCOs = 3
 
 // checkpointNow reports whether it could.
 func (v *Volume) checkpointNow(ctx context.Context) bool {

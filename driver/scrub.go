@@ -62,6 +62,17 @@ func (u spaceUse) reclaimSlack(v *Volume) uint64 {
 	return max(u.live/20, uint64(v.cfg.SCOBytes/block.ClusterSize))
 }
 
+// garbage is how many clusters nothing refers to.
+func (u spaceUse) garbage() uint64 { return u.clusters - min(u.live, u.clusters) }
+
+// tooMuch reports whether there is so much garbage that writers have to be slowed
+// down. Half of the write buffer may be: a burst into it leaves as much behind, which
+// takes space only until the burst is over.
+func (u spaceUse) tooMuch(v *Volume) bool {
+	slack := max(4*uint64(v.cfg.SCOBytes/block.ClusterSize), uint64(v.eng.pool.n)*chunkClusters/2)
+	return float64(u.garbage()) > garbageHigh*float64(u.live)+float64(slack)
+}
+
 // reclaimable reports whether a checkpoint would give enough space back.
 func (u spaceUse) reclaimable(v *Volume) bool { return u.dead > u.reclaimSlack(v) }
 
@@ -86,16 +97,17 @@ func (v *Volume) scrub(ctx context.Context) (done bool) {
 			return false
 		}
 		u := v.usage()
-		if u.reclaimable(v) && v.ckpt.idle() && !v.checkpointNow(ctx) {
+		all := u.garbage()
+		slack := uint64(2 * v.cfg.SCOBytes / block.ClusterSize)
+		tooMuch := u.tooMuch(v)
+		if u.reclaimable(v) && v.ckpt.idle() && (v.behind() && !tooMuch || !v.checkpointNow(ctx)) {
 			return false
 		}
-		all := u.clusters - min(u.live, u.clusters)
-		slack := uint64(2 * v.cfg.SCOBytes / block.ClusterSize)
 		if float64(all-min(all, u.dead)) < garbageLow*float64(u.live)+float64(slack) {
 			v.reach = nil
 			return true
 		}
-		v.tooMuchGarbage.Store(float64(all) > garbageHigh*float64(u.live)+float64(2*slack))
+		v.tooMuchGarbage.Store(tooMuch)
 		if u.dead > 2*u.reclaimSlack(v) && !v.ckpt.idle() {
 			if !v.awaitPublication(ctx) {
 				return false

@@ -18,18 +18,27 @@ import (
 func (v *Volume) spillWhole(l *logSCO, whole uint32) error {
 	records, _ := unpack(l.head.Load())
 	l.filled(l.spilledR, records, true)
-	return v.writeOut(l, l.spilledR, min(whole, l.spilledC+spillPiece))
+	return v.writeOut(l, l.spilledR, min(whole, l.spilledC+spillPiece), v.gently())
 }
 
 // spill writes records up to records and the clusters that belong to them; at
-// most piece clusters if that is positive.
-func (v *Volume) spill(l *logSCO, records uint32, piece int) error {
+// most piece clusters if that is positive. one is how many chunks a write to the
+// disk takes.
+func (v *Volume) spill(l *logSCO, records uint32, piece, one int) error {
 	l.filled(l.spilledR, records, true)
 	clusters := v.clustersBefore(l, records)
 	if piece > 0 && clusters > l.spilledC+uint32(piece) {
-		return v.writeOut(l, l.spilledR, l.spilledC+uint32(piece))
+		return v.writeOut(l, l.spilledR, l.spilledC+uint32(piece), one)
 	}
-	return v.writeOut(l, records, clusters)
+	return v.writeOut(l, records, clusters, one)
+}
+
+// gently is how many chunks one write to the disk takes if nobody waits for it.
+func (v *Volume) gently() int {
+	if v.eng.pool.fill() >= throttleAt {
+		return maxVec // somebody does
+	}
+	return gentleVec
 }
 
 // clustersBefore is how many clusters the first records use: clusters are
@@ -48,8 +57,8 @@ func (v *Volume) clustersBefore(l *logSCO, records uint32) uint32 {
 }
 
 // writeOut writes clusters [spilledC, clusters) and records [spilledR, records)
-// to the SCO's file. Caller holds ioMu.
-func (v *Volume) writeOut(l *logSCO, records, clusters uint32) error {
+// to the SCO's file, one chunks at a time. Caller holds ioMu.
+func (v *Volume) writeOut(l *logSCO, records, clusters uint32, one int) error {
 	if err := v.ensureFile(l); err != nil {
 		return err
 	}
@@ -59,12 +68,12 @@ func (v *Volume) writeOut(l *logSCO, records, clusters uint32) error {
 		return err
 	}
 	for l.spilledC < clusters {
-		if err := v.writeChunks(l, clusters); err != nil {
+		if err := v.writeChunks(l, clusters, one); err != nil {
 			return err
 		}
 	}
 	if clusters > from {
-		v.eng.spillRate(int(clusters-from), time.Since(start))
+		v.eng.spillRate(int(clusters-from), time.Since(start), one == maxVec)
 	}
 	return v.writeRecords(l, records)
 }
@@ -82,7 +91,7 @@ func (v *Volume) writeSmall(l *logSCO, records, clusters uint32) (done bool, err
 		return false, nil
 	}
 	var vec [maxVec + aheadChunks][]byte
-	n, c, blocks := v.gather(l, clusters, &vec)
+	n, c, blocks := v.gather(l, clusters, maxVec, &vec)
 	scratch := recordBuffers.Get().(*[]byte)
 	defer recordBuffers.Put(scratch)
 	data := v.copyRecords(l, *scratch, from, to)
@@ -103,8 +112,14 @@ func (v *Volume) writeSmall(l *logSCO, records, clusters uint32) (done bool, err
 	return true, nil
 }
 
-// maxVec is how many chunks one write to the disk takes together: 4 MiB.
-const maxVec = 16
+// maxVec is how many chunks one write to the disk takes together at most: 4 MiB.
+// The kernel prepares a direct write without letting others have the CPU, for
+// about 55 µs per MiB. A worker on that CPU must not be held up for long when
+// nobody waits for the write: then it is gentleVec.
+const (
+	maxVec    = 16
+	gentleVec = 4
+)
 
 // aheadChunks of zeroes follow a small write into blocks that were never
 // written. The first write into an allocated block makes the file system log
@@ -114,11 +129,11 @@ const aheadChunks = 4
 
 var zeroes = aligned(make([]byte, chunkBytes))
 
-// writeChunks writes clusters from spilledC on, up to clusters or maxVec chunks.
-func (v *Volume) writeChunks(l *logSCO, clusters uint32) error {
+// writeChunks writes clusters from spilledC on, up to clusters or one chunks.
+func (v *Volume) writeChunks(l *logSCO, clusters uint32, one int) error {
 	var vec [maxVec + aheadChunks][]byte
 	from := l.spilledC
-	n, c, blocks := v.gather(l, clusters, &vec)
+	n, c, blocks := v.gather(l, clusters, one, &vec)
 	l.unsynced = true
 	start := time.Now()
 	bytes, err := l.file.WriteVecAt(vec[:n], sco.DataOff(from))
@@ -133,10 +148,10 @@ func (v *Volume) writeChunks(l *logSCO, clusters uint32) error {
 }
 
 // gather collects what is to be written from spilledC on: clusters up to
-// clusters, as many as maxVec chunks hold, and zeroes behind few where more
+// clusters, as many as one chunks hold (at most maxVec), and zeroes behind few where more
 // flushes are to be expected. It returns the number of pieces, where the clusters end, and where the zeroes do.
-func (v *Volume) gather(l *logSCO, clusters uint32, vec *[maxVec + aheadChunks][]byte) (n int, c, blocks uint32) {
-	for c = l.spilledC; n < maxVec && c < clusters; n++ {
+func (v *Volume) gather(l *logSCO, clusters uint32, one int, vec *[maxVec + aheadChunks][]byte) (n int, c, blocks uint32) {
+	for c = l.spilledC; n < one && c < clusters; n++ {
 		slot, off := l.cluster(c)
 		k := min(chunkClusters-c%chunkClusters, clusters-c)
 		vec[n] = v.eng.pool.chunk(l.data[slot].Load())[off : off+int(k)*block.ClusterSize]
