@@ -47,6 +47,9 @@ type Object struct {
 	Data      io.ReaderAt
 	Size      int64
 	LocalPath string
+	// Sums, if set, returns the CRC32C of each block.ClusterSize bytes, those of guests'
+	// data from when it was written: a store that links the file need not read it.
+	Sums func() ([]uint32, error)
 }
 
 // Errors of a Store.

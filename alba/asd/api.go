@@ -149,6 +149,28 @@ type BlockReader interface {
 	ReadBlocks(ctx context.Context, key string, buf []byte, off, size int64, pri Priority) ([]byte, ReadInfo, error)
 }
 
+// Adopter is an ASD in this process, which may take over a file of its file system
+// instead of copying its bytes.
+type Adopter interface {
+	// Adopt is Client.Apply with parts of a file put besides the updates, in the
+	// same atomic step. The file may stay where it is or be removed, but its
+	// contents must never change from now on. They are not read: their checksums,
+	// which are older than the file, vouch for them, now and at every read.
+	// ErrNotAdopted, and nothing was done, if the file can't be shared; then put
+	// the values.
+	Adopt(ctx context.Context, file string, parts []FilePart, asserts []Assert, updates []Update, pri Priority) error
+}
+
+// FilePart is a value that lies in a file.
+type FilePart struct {
+	Key       string
+	Off, Size int64    // in the file, bytes; Off is a multiple of DefaultBlockSize, Size at least 1
+	CRCs      []uint32 // CRC32C of each block of DefaultBlockSize bytes
+}
+
+// ErrNotAdopted: the file can't be shared with its writer.
+var ErrNotAdopted = errors.New("file can't be adopted")
+
 // Info says what is stored under a key without its contents.
 type Info struct {
 	Key       string

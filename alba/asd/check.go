@@ -80,6 +80,26 @@ func CheckApply(asserts []Assert, updates []Update) error {
 	return nil
 }
 
+// CheckAdopt checks the limits of the file's parts of an Adopt.
+func CheckAdopt(parts []FilePart, updates []Update) error {
+	if len(parts) == 0 || len(parts)+len(updates) > MaxUpdates {
+		return fmt.Errorf("%w: %d parts of a file and %d updates, want at least one part and at most %d together", ErrInvalid, len(parts), len(updates), MaxUpdates)
+	}
+	for i := range parts {
+		p := &parts[i]
+		if err := CheckKey(p.Key); err != nil {
+			return fmt.Errorf("part %d: %w", i, err)
+		}
+		switch {
+		case p.Off < 0 || p.Off%DefaultBlockSize != 0 || p.Size < 1 || p.Size > MaxValueBytes:
+			return fmt.Errorf("%w: part %d: %d bytes at %d, want 1 to %d at a multiple of %d", ErrInvalid, i, p.Size, p.Off, MaxValueBytes, DefaultBlockSize)
+		case len(p.CRCs) != Blocks(p.Size, DefaultBlockSize):
+			return fmt.Errorf("%w: part %d: %d checksums for %d blocks", ErrInvalid, i, len(p.CRCs), Blocks(p.Size, DefaultBlockSize))
+		}
+	}
+	return nil
+}
+
 func (a *Assert) check() error {
 	switch a.Kind {
 	case KindAssertAbsent, KindAssertSum:

@@ -342,6 +342,13 @@ func (m *Member) Apply(ctx context.Context, asserts []asd.Assert, updates []asd.
 // namespace's epoch raised where the device has not heard of it, and a copy of the
 // namespace's record.
 func (m *Member) ApplyOwned(ctx context.Context, n *namespace, epoch uint64, updates []asd.Update, pri asd.Priority) error {
+	return m.owned(n, epoch, updates, func(asserts []asd.Assert, updates []asd.Update) error {
+		return m.Apply(ctx, asserts, updates, pri)
+	})
+}
+
+// owned calls apply with what ApplyOwned adds.
+func (m *Member) owned(n *namespace, epoch uint64, updates []asd.Update, apply func([]asd.Assert, []asd.Update) error) error {
 	id := n.ID.String()
 	all := make([]asd.Update, 0, len(updates)+2)
 	all = append(all, updates...)
@@ -354,7 +361,7 @@ func (m *Member) ApplyOwned(ctx context.Context, n *namespace, epoch uint64, upd
 	if known < n.rev {
 		all = append(all, asd.Put(alba.NamespaceCopyKey(n.ID), asd.NewValue(alba.Encode(n.Namespace))))
 	}
-	err := m.Apply(ctx, []asd.Assert{asd.AssertEpoch(id, epoch)}, all, pri)
+	err := apply([]asd.Assert{asd.AssertEpoch(id, epoch)}, all)
 	if err == nil && known < n.rev {
 		m.mu.Lock()
 		if len(m.copies) >= maxCopies {

@@ -67,6 +67,7 @@ type Counters struct {
 	Puts, Deletes  atomic.Uint64
 	PutBytes       atomic.Uint64 // of objects
 	Attempts       atomic.Uint64 // uploads begun, with those that were begun anew
+	Adopted        atomic.Uint64 // objects whose file a device took in place of a copy
 	Late           atomic.Uint64 // uploads acknowledged before all their shards were durable
 	Reads          atomic.Uint64
 	ReadBytes      atomic.Uint64 // asked for

@@ -33,21 +33,27 @@ var errAgain = errors.New("upload must be begun anew")
 // if a later owner has fenced the namespace. It reads src at most once per
 // attempt, from the calling goroutine.
 func (p *Proxy) Put(ctx context.Context, ns, name string, epoch uint64, src io.ReaderAt, size int64) error {
+	return p.PutSource(ctx, ns, name, epoch, Source{Data: src, Size: size})
+}
+
+// PutSource is Put; where the object is stored as it is on one device in this process,
+// that may take the source's file in place of a copy.
+func (p *Proxy) PutSource(ctx context.Context, ns, name string, epoch uint64, src Source) error {
 	err := p.check(ctx, ns, name)
-	if err == nil && (size < 0 || size > alba.MaxObjectBytes) {
-		err = fmt.Errorf("size %d: must be 0 to %d", size, int64(alba.MaxObjectBytes))
+	if err == nil && (src.Size < 0 || src.Size > alba.MaxObjectBytes) {
+		err = fmt.Errorf("size %d: must be 0 to %d", src.Size, int64(alba.MaxObjectBytes))
 	}
 	if err == nil {
-		err = p.put(ctx, ns, name, epoch, src, size)
+		err = p.put(ctx, ns, name, epoch, &src)
 	}
 	if err == nil {
 		p.counters.Puts.Add(1)
-		p.counters.PutBytes.Add(uint64(size))
+		p.counters.PutBytes.Add(uint64(src.Size))
 	}
 	return opError("put", ns, name, err)
 }
 
-func (p *Proxy) put(ctx context.Context, ns, name string, epoch uint64, src io.ReaderAt, size int64) error {
+func (p *Proxy) put(ctx context.Context, ns, name string, epoch uint64, src *Source) error {
 	var last error
 	for range attempts {
 		if err := ctx.Err(); err != nil {
@@ -59,7 +65,7 @@ func (p *Proxy) put(ctx context.Context, ns, name string, epoch uint64, src io.R
 		}
 		e, err := p.loadEntry(ctx, n, name)
 		if err == nil {
-			same, err := p.equalContents(ctx, e, src, size)
+			same, err := p.equalContents(ctx, e, src.Data, src.Size)
 			if err == nil && !same {
 				err = ErrExists
 			}
@@ -68,7 +74,7 @@ func (p *Proxy) put(ctx context.Context, ns, name string, epoch uint64, src io.R
 		if !errors.Is(err, ErrNoObject) {
 			return err
 		}
-		last = p.attempt(ctx, n, name, epoch, src, size)
+		last = p.attempt(ctx, n, name, epoch, src)
 		if !errors.Is(last, errAgain) {
 			return last
 		}
@@ -87,6 +93,8 @@ type upload struct {
 	old    *entry // what it replaces, with the same contents; nil for a new object
 	pri    asd.Priority
 	shards []*shardWriter
+	// adopted: the device has taken the source's file, there are no shardWriters.
+	adopted bool
 	window chan struct{} // a token per chunk whose memory is in use
 
 	mu   sync.Mutex // a leaf
@@ -94,13 +102,16 @@ type upload struct {
 }
 
 // attempt uploads and commits. errAgain if devices failed or the registry changed.
-func (p *Proxy) attempt(ctx context.Context, n namespace, name string, epoch uint64, src io.ReaderAt, size int64) error {
+func (p *Proxy) attempt(ctx context.Context, n namespace, name string, epoch uint64, src *Source) error {
 	p.counters.Attempts.Add(1)
-	u, err := p.begin(ctx, n, name, epoch, size, nil)
+	u, err := p.begin(ctx, n, name, epoch, src.Size, nil)
 	if err != nil {
 		return err
 	}
-	err = u.run(ctx, src, size)
+	done, err := u.adopt(ctx, src)
+	if err == nil && !done {
+		err = u.run(ctx, src.Data, src.Size)
+	}
 	if err == nil {
 		return nil
 	}
@@ -324,7 +335,9 @@ func (u *upload) tooFew(alive int) error {
 // or at least still this owner's.
 func (u *upload) commit(ctx context.Context, late bool) error {
 	final := u.m.Clone()
-	final.Shards = u.durable()
+	if !u.adopted {
+		final.Shards = u.durable()
+	}
 	value := final.Encode()
 	for range tries {
 		n, err := u.p.owned(ctx, u.m.Namespace, u.epoch)

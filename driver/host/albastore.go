@@ -57,7 +57,7 @@ func (s AlbaStore) Fence(ctx context.Context, ns string, epoch uint64) error {
 
 // Put implements driver.Store.
 func (s AlbaStore) Put(ctx context.Context, ns, name string, epoch uint64, obj driver.Object) error {
-	return storeError(s.Proxy.Put(ctx, ns, name, epoch, obj.Data, obj.Size))
+	return storeError(s.Proxy.PutSource(ctx, ns, name, epoch, proxy.Source(obj)))
 }
 
 // ReadAt implements driver.Store.

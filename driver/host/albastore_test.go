@@ -37,7 +37,7 @@ type embedded struct {
 	dead  chan struct{} // closed when the file system was killed
 }
 
-type leftOpen struct{ asd.Client }
+type leftOpen struct{ *disk.Disk }
 
 func (leftOpen) Close() error { return nil }
 

@@ -185,7 +185,7 @@ func DefaultConfig() Config {
 		Vhost:   VhostConfig{Poll: Duration(50 * time.Microsecond), PollShare: 1},
 		NBD:     NBDConfig{Enabled: true},
 		Shm:     ShmConfig{Enabled: true, Memory: shm.DefaultMemoryBytes, Connections: shm.DefaultMaxConnections, Access: []ShmAccess{}},
-		Pool:    PoolConfig{BlockSize: 512, SCOSize: driver.DefaultSCOBytes, Store: control.StoreDirectory},
+		Pool:    PoolConfig{BlockSize: 512, SCOSize: driver.DefaultSCOBytes, Store: control.StoreObjects},
 		Backend: BackendConfig{RepairAfter: Duration(10 * time.Minute), RepairLatency: Duration(10 * time.Millisecond)},
 	}
 }

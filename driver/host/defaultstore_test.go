@@ -42,6 +42,9 @@ func TestDefaultPoolInTheObjectStore(t *testing.T) {
 	const pages = 64
 	fillVolume(t, h, "v", pages, 1)
 	await(t, "objects to be stored", func() bool { n, ok := worst(t, client); return ok && n == 0 })
+	if h.objects.proxy.Counters().Adopted.Load() == 0 {
+		t.Fatal("closed SCOs were copied to the storage daemon on the same disk")
+	}
 	stopHost(t, h)
 
 	h, client = startHost(t, c)

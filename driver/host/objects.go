@@ -87,7 +87,12 @@ type embeddedASD struct {
 }
 
 // borrowed is an embedded storage daemon for the proxy, whose clients come and go.
-type borrowed struct{ asd.Client }
+type borrowed struct{ *disk.Disk }
+
+var (
+	_ asd.Client  = borrowed{}
+	_ asd.Adopter = borrowed{}
+)
 
 func (borrowed) Close() error { return nil }
 

@@ -356,7 +356,7 @@ func (c *objectCollector) Describe(ch chan<- *prometheus.Desc) {
 func (c *objectCollector) Collect(ch chan<- prometheus.Metric) {
 	n := c.o.proxy.Counters()
 	for name, v := range map[string]uint64{
-		"puts": n.Puts.Load(), "deletes": n.Deletes.Load(), "put_bytes": n.PutBytes.Load(), "late": n.Late.Load(),
+		"puts": n.Puts.Load(), "deletes": n.Deletes.Load(), "put_bytes": n.PutBytes.Load(), "adopted": n.Adopted.Load(), "late": n.Late.Load(),
 		"reads": n.Reads.Load(), "read_bytes": n.ReadBytes.Load(), "fetched_bytes": n.FetchedBytes.Load(),
 		"hedged": n.Hedged.Load(), "decoded": n.Decoded.Load(), "faults": n.Faults.Load(),
 	} {

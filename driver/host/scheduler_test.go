@@ -207,7 +207,7 @@ func TestScheduleLeavesNothing(t *testing.T) {
 	b := newBench(t)
 	ctx := testContext(t)
 	c := b.clock(9, 30)
-	if _, err := b.api.CreatePool(ctx, control.CreatePool{Name: "p"}); err != nil {
+	if _, err := b.api.CreatePool(ctx, control.CreatePool{Name: "p", Store: control.StoreDirectory}); err != nil {
 		t.Fatal(err)
 	}
 	b.mustCreate(t, "p/v")

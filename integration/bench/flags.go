@@ -83,7 +83,7 @@ func parseFlags(args []string) (*config, error) {
 	fs.Var(bytesFlag{&c.scrubVolume}, "scrub-volume", "size of the scrubber's volume")
 	fs.IntVar(&c.idleVolumes, "idle-volumes", 1000, "attached volumes of the idle rows")
 	fs.StringVar(&c.syntheticMap, "synthetic-map", "", "shell command that maps 1 TiB in volume $VOLUME of the stopped daemon with configuration file $CONFIG (data directory $DATA)")
-	fs.StringVar(&c.store, "store", "directory", "where Scoria keeps volumes: objects or directory")
+	fs.StringVar(&c.store, "store", "objects", "where Scoria keeps volumes: objects or directory")
 	fs.StringVar(&extra, "scoriad-args", "", "further arguments of scoriad, separated by spaces")
 	if err := fs.Parse(args); err != nil {
 		return nil, errUsage

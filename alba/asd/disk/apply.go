@@ -36,7 +36,6 @@ type op struct {
 	// of a put:
 	record []byte
 	rec    record // decoded
-	room   int64  // bytes that its file takes
 }
 
 // Apply implements asd.Client. The caller's goroutine writes and syncs the value
@@ -54,42 +53,53 @@ func (d *Disk) Apply(ctx context.Context, asserts []asd.Assert, updates []asd.Up
 }
 
 func (d *Disk) apply(ctx context.Context, asserts []asd.Assert, updates []asd.Update, pri asd.Priority) error {
-	if err := asd.CheckApply(asserts, updates); err != nil {
+	req, done, err := d.admit(asserts, updates, pri, 0)
+	if err != nil {
 		return err
 	}
-	puts := false
-	for i := range updates {
-		if u := &updates[i]; u.Kind == asd.KindPut {
-			puts = true
-			if err := u.Value.Check(u.Key); err != nil {
-				return fmt.Errorf("update %d: %w", i, err)
-			}
-		}
-	}
-	if err := d.failErr(); err != nil {
-		return err
-	}
-	if err := d.checkEarly(asserts); err != nil {
-		return err
-	}
-	if puts {
-		room := roomFor(updates)
-		d.inFlight.Add(room)
-		defer d.inFlight.Add(-room)
-		if err := d.checkRoom(room); err != nil {
-			return err
-		}
-	}
-	req := &applyReq{pri: pri, done: make(chan error, 1)}
-	req.asserts = append(req.asserts, asserts...)
-	for i := range req.asserts {
-		req.asserts[i].Data = bytes.Clone(req.asserts[i].Data)
-	}
+	defer done()
 	if err := d.prepare(ctx, req, updates); err != nil {
 		d.discard(req)
 		return err
 	}
 	return d.commit(ctx, req)
+}
+
+// admit refuses what can't be done, before anything is written; room is what is
+// needed besides the updates' values. done gives that back when the outcome is
+// known.
+func (d *Disk) admit(asserts []asd.Assert, updates []asd.Update, pri asd.Priority, room int64) (req *applyReq, done func(), err error) {
+	if err := asd.CheckApply(asserts, updates); err != nil {
+		return nil, nil, err
+	}
+	for i := range updates {
+		if u := &updates[i]; u.Kind == asd.KindPut {
+			if err := u.Value.Check(u.Key); err != nil {
+				return nil, nil, fmt.Errorf("update %d: %w", i, err)
+			}
+			room += fileBytes(u.Key, int64(len(u.Value.Data)), u.Value.BlockSize)
+		}
+	}
+	if err := d.failErr(); err != nil {
+		return nil, nil, err
+	}
+	if err := d.checkEarly(asserts); err != nil {
+		return nil, nil, err
+	}
+	d.inFlight.Add(room)
+	done = func() { d.inFlight.Add(-room) }
+	if room > 0 {
+		if err := d.checkRoom(room); err != nil {
+			done()
+			return nil, nil, err
+		}
+	}
+	req = &applyReq{pri: pri, done: make(chan error, 1)}
+	req.asserts = append(req.asserts, asserts...)
+	for i := range req.asserts {
+		req.asserts[i].Data = bytes.Clone(req.asserts[i].Data)
+	}
+	return req, done, nil
 }
 
 // commit hands a request to the committer and waits for its outcome.
@@ -140,16 +150,6 @@ func (d *Disk) checkEarly(asserts []asd.Assert) error {
 	return nil
 }
 
-// roomFor bounds the bytes that the puts take on the disk.
-func roomFor(updates []asd.Update) (room int64) {
-	for i := range updates {
-		if u := &updates[i]; u.Kind == asd.KindPut {
-			room += fileBytes(u.Key, int64(len(u.Value.Data)), u.Value.BlockSize)
-		}
-	}
-	return room
-}
-
 // prepare writes the value files of the updates and makes everything durable
 // but their names.
 func (d *Disk) prepare(ctx context.Context, req *applyReq, updates []asd.Update) error {
@@ -174,14 +174,19 @@ func (d *Disk) prepare(ctx context.Context, req *applyReq, updates []asd.Update)
 	}
 	for i := range req.ops {
 		if o := &req.ops[i]; o.kind == asd.KindPut {
-			rec, err := decodeRecord(o.record)
-			if err != nil {
-				panic("scoria: an encoded record can't be decoded: " + err.Error())
-			}
-			o.rec = rec
+			o.rec = mustDecode(o.record)
 		}
 	}
 	return nil
+}
+
+// mustDecode decodes what this process has encoded.
+func mustDecode(b []byte) record {
+	rec, err := decodeRecord(b)
+	if err != nil {
+		panic("scoria: an encoded record can't be decoded: " + err.Error())
+	}
+	return rec
 }
 
 func (d *Disk) prepareFiles(ctx context.Context, req *applyReq, updates []asd.Update) error {
@@ -207,7 +212,6 @@ func (d *Disk) prepareFiles(ctx context.Context, req *applyReq, updates []asd.Up
 			return err
 		}
 		o.record = encodeFile(v, sum, id)
-		o.room = fileBytes(o.key, int64(len(v.Data)), v.BlockSize)
 	}
 	return nil
 }

@@ -323,7 +323,7 @@ func (g *group) apply(req *applyReq) {
 			}
 			g.state.keys++
 			g.state.bytes += o.rec.size
-			g.state.fileBytes += o.room
+			g.state.fileBytes += o.rec.room(o.key)
 			g.records[o.key] = &o.rec
 			g.d.n.writtenBytes.Add(uint64(o.rec.size))
 		case asd.KindDelete:
@@ -350,7 +350,7 @@ func (g *group) remove(key string, overwrite bool) {
 		g.state.keys--
 		g.state.bytes -= rec.size
 		if rec.fileID != 0 {
-			g.state.fileBytes -= fileBytes(key, rec.size, rec.blockSize)
+			g.state.fileBytes -= rec.room(key)
 			g.dead = append(g.dead, rec.fileID)
 			g.must(g.batch.Delete(kvFileKey(rec.fileID), nil))
 		}

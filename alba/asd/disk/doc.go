@@ -8,7 +8,9 @@
 //	lock                     held while the ASD is open
 //	identity                 the ASD's UUID and the version of this layout, JSON
 //	kv/                      Pebble: records of values, small values, epochs, state
-//	values/DDDDDDDDDDDD/I…   one file per large value; see valuefile.go
+//	values/DDDDDDDDDDDD/I…   one file per large value; see valuefile.go. That of an adopted
+//	                         value is a link to a file that another part of this process
+//	                         wrote: the value is a part of it, without a head
 //
 // The keys of the key-value store are a byte that tells what it is and a name
 // (integers little-endian if not said otherwise):
@@ -16,6 +18,8 @@
 //	'k' key         record: u8 version 1, u8 kind, u32 block size, u64 size, u32 sum, and
 //	                  kind 1: u32 CRC32C per block, the value
 //	                  kind 2: u64 id of the value's file
+//	                  kind 3: u64 id of the adopted file, u64 offset of the value in it,
+//	                          u32 CRC32C per block
 //	'e' namespace   u64 epoch
 //	'f' u64 (big-endian) id of a file   the key that it is for
 //	'm' "s"         state: u8 version 1, u8 0, the UUID, u64 number of keys, u64 bytes of all
@@ -30,8 +34,9 @@
 // An Apply is acknowledged after these steps, each of which is durable before
 // the next begins:
 //
-//  1. The value files are written and synced, by the caller's goroutine, under
-//     ids that are new (see below) and in a directory that is there durably.
+//  1. The value files are written and synced, or files to be adopted linked and
+//     synced, by the caller's goroutine, under ids that are new (see below) and in
+//     a directory that is there durably.
 //  2. The committer takes a group of Applies, and syncs the directories that
 //     their files lie in, each once.
 //  3. It evaluates each Apply's asserts on the store as the ones before have left
@@ -43,6 +48,14 @@
 // twice: the state reserves them ahead, and a start continues behind the
 // reservation. So the sweep of a start can look at leisure, with a snapshot of
 // that moment, for files with smaller ids that no record names.
+//
+// # Adoption
+//
+// Adopt makes parts of a file values, without a second copy: each part's value file
+// is a link of its own to it, so that values go one by one as others do, and the
+// room is free when the last link is gone, the writer's included. The writer must
+// not change the file any more. Its bytes and the writer's copy are one on the
+// disk: damage is found here as in other files, but no other copy mends it.
 //
 // # Failure
 //

@@ -38,6 +38,7 @@ func TestGoldenFormats(t *testing.T) {
 	golden(t, "valuefile.hex", append(encodeFileHead(0x1234, "golden/key", &v, v.Sum()), v.Data...))
 	golden(t, "record-inline.hex", encodeInline(&v, v.Sum()))
 	golden(t, "record-file.hex", encodeFile(&v, v.Sum(), 0x1234))
+	golden(t, "record-adopted.hex", encodeAdopted(&asd.FilePart{Key: "k", Off: 8192, Size: 5000, CRCs: []uint32{0x11223344, 0x55667788}}, 0x1234))
 	m := meta{id: goldenID, keys: 3, bytes: 4, fileBytes: 5, reserved: 6}
 	golden(t, "state.hex", m.encode())
 	b, err := encodeIdentity(goldenID)
@@ -114,6 +115,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add(encodeFileHead(1, "key", &v, v.Sum()))
 	f.Add(encodeInline(&v, v.Sum()))
 	f.Add(encodeFile(&v, v.Sum(), 1))
+	f.Add(encodeAdopted(&asd.FilePart{Key: "k", Off: 8192, Size: 5000, CRCs: []uint32{1, 2}}, 1))
 	f.Add((&meta{}).encode())
 	b, _ := encodeIdentity(goldenID)
 	f.Add(b)

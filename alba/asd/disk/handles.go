@@ -146,12 +146,24 @@ func (d *Disk) openValueFile(key string, rec *record) (vfs.File, fileHeader, err
 	if err != nil {
 		return nil, fileHeader{}, fmt.Errorf("key %q: %w", key, err)
 	}
-	h, err := d.readFileHead(f, key, rec)
+	h, err := d.fileHead(f, key, rec)
 	if err != nil {
 		_ = f.Close()
 		return nil, fileHeader{}, err
 	}
 	return f, h, nil
+}
+
+// fileHead returns what describes the data of a value file.
+func (d *Disk) fileHead(f vfs.File, key string, rec *record) (fileHeader, error) {
+	if !rec.adopted {
+		return d.readFileHead(f, key, rec)
+	}
+	h := fileHeader{key: key, id: rec.fileID, size: rec.size, blockSize: rec.blockSize, sum: rec.sum, dataOff: rec.fileOff, crcs: decodeCRCs(rec.crcs)}
+	if asd.SumOf(h.size, h.blockSize, h.crcs) != rec.sum {
+		return fileHeader{}, d.corrupt(key, 0, 0, "its checksums are not the ones that were put")
+	}
+	return h, nil
 }
 
 func (d *Disk) readFileHead(f vfs.File, key string, rec *record) (fileHeader, error) {

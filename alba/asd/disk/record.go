@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 
 	"scoria/alba/asd"
 )
@@ -22,6 +23,7 @@ const (
 	recordVersion = 1
 	recordInline  = 1 // checksums and data follow
 	recordFile    = 2 // the id of the value file follows
+	recordAdopted = 3 // id and offset of the data in the file, and checksums, follow
 	recordHead    = 18
 	metaVersion   = 1
 	metaBytes     = 2 + 16 + 4*8
@@ -35,8 +37,21 @@ type record struct {
 	blockSize int
 	sum       uint32
 	fileID    uint64 // 0: inline
-	crcs      []byte // inline: 4 bytes little-endian each
+	adopted   bool   // the file was somebody else's; it has no head
+	fileOff   int64  // adopted: of the data in the file
+	crcs      []byte // inline, adopted: 4 bytes little-endian each
 	data      []byte // inline
+}
+
+// room is what the value's file takes, 0 if it has none.
+func (r *record) room(key string) int64 {
+	switch {
+	case r.fileID == 0:
+		return 0
+	case r.adopted:
+		return (r.size + filePage - 1) &^ (filePage - 1)
+	}
+	return fileBytes(key, r.size, r.blockSize)
 }
 
 func (r *record) info(key string) asd.Info {
@@ -44,16 +59,16 @@ func (r *record) info(key string) asd.Info {
 }
 
 // appendRecordHead writes the first recordHead bytes of a record.
-func appendRecordHead(b []byte, kind byte, v *asd.Value, sum uint32) []byte {
+func appendRecordHead(b []byte, kind byte, blockSize int, size int64, sum uint32) []byte {
 	b = append(b, recordVersion, kind)
-	b = binary.LittleEndian.AppendUint32(b, uint32(v.BlockSize))
-	b = binary.LittleEndian.AppendUint64(b, uint64(len(v.Data)))
+	b = binary.LittleEndian.AppendUint32(b, uint32(blockSize))
+	b = binary.LittleEndian.AppendUint64(b, uint64(size))
 	return binary.LittleEndian.AppendUint32(b, sum)
 }
 
 func encodeInline(v *asd.Value, sum uint32) []byte {
 	b := make([]byte, 0, recordHead+4*len(v.CRCs)+len(v.Data))
-	b = appendRecordHead(b, recordInline, v, sum)
+	b = appendRecordHead(b, recordInline, v.BlockSize, int64(len(v.Data)), sum)
 	for _, c := range v.CRCs {
 		b = binary.LittleEndian.AppendUint32(b, c)
 	}
@@ -61,8 +76,19 @@ func encodeInline(v *asd.Value, sum uint32) []byte {
 }
 
 func encodeFile(v *asd.Value, sum uint32, id uint64) []byte {
-	b := appendRecordHead(make([]byte, 0, recordHead+8), recordFile, v, sum)
+	b := appendRecordHead(make([]byte, 0, recordHead+8), recordFile, v.BlockSize, int64(len(v.Data)), sum)
 	return binary.LittleEndian.AppendUint64(b, id)
+}
+
+func encodeAdopted(p *asd.FilePart, id uint64) []byte {
+	sum := asd.SumOf(p.Size, asd.DefaultBlockSize, p.CRCs)
+	b := appendRecordHead(make([]byte, 0, recordHead+16+4*len(p.CRCs)), recordAdopted, asd.DefaultBlockSize, p.Size, sum)
+	b = binary.LittleEndian.AppendUint64(b, id)
+	b = binary.LittleEndian.AppendUint64(b, uint64(p.Off))
+	for _, c := range p.CRCs {
+		b = binary.LittleEndian.AppendUint32(b, c)
+	}
+	return b
 }
 
 // decodeRecord reads a record; its slices are b's.
@@ -92,6 +118,16 @@ func decodeRecord(b []byte) (record, error) {
 		}
 		if r.fileID = binary.LittleEndian.Uint64(rest); r.fileID == 0 {
 			return record{}, fmt.Errorf("%w: file id 0", errRecord)
+		}
+	case recordAdopted:
+		table := 4 * asd.Blocks(r.size, r.blockSize)
+		if len(rest) != 16+table {
+			return record{}, fmt.Errorf("%w: %d bytes behind the head, want %d", errRecord, len(rest), 16+table)
+		}
+		r.adopted, r.fileID, r.fileOff = true, binary.LittleEndian.Uint64(rest), int64(binary.LittleEndian.Uint64(rest[8:]))
+		r.crcs = rest[16:]
+		if r.fileID == 0 || r.fileOff < 0 || r.fileOff > math.MaxInt64-asd.MaxValueBytes || r.fileOff%filePage != 0 {
+			return record{}, fmt.Errorf("%w: file id %d, data at %d", errRecord, r.fileID, r.fileOff)
 		}
 	default:
 		return record{}, fmt.Errorf("%w: kind %d", errRecord, b[1])

@@ -158,7 +158,7 @@ func (v *verifier) inline(key string, rec *record) error {
 // block, not only the first.
 func (v *verifier) file(key string, rec *record) error {
 	if f, err := v.d.fs.Open(v.d.valueName(rec.fileID), vfs.ReadOnly); err == nil {
-		_ = f.DropCache(0, fileBytes(key, rec.size, rec.blockSize))
+		_ = f.DropCache(rec.fileOff, rec.room(key))
 		_ = f.Close()
 	}
 	f, head, err := v.d.openValueFile(key, rec)
@@ -179,7 +179,7 @@ func (v *verifier) file(key string, rec *record) error {
 			return err
 		}
 	}
-	_ = f.DropCache(0, head.dataOff+rec.size)
+	_ = f.DropCache(rec.fileOff, rec.room(key))
 	return nil
 }
 
