@@ -95,7 +95,7 @@ type upload struct {
 	shards []*shardWriter
 	// adopted: the device has taken the source's file, there are no shardWriters.
 	adopted bool
-	window chan struct{} // a token per chunk whose memory is in use
+	window  chan struct{} // a token per chunk whose memory is in use
 
 	mu   sync.Mutex // a leaf
 	news chan struct{}

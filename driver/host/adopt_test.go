@@ -118,7 +118,7 @@ func TestAdoptedObject(t *testing.T) {
 	check(err)
 	ps.Policies = []alba.Policy{{K: 1, M: 1, C: 2, X: 1}, {K: 1, M: 0, C: 1, X: 1}}
 	check(p.SetPreset(ctx, ps))
-	check(p.Restore(ctx, "ns", "o"))
+	check(p.Restore(ctx, "ns", "o", func(context.Context, int64) error { return nil }))
 	same("o")
 	obj.Sums = nil
 	check(store.Put(ctx, "ns", "o2", 2, obj))
