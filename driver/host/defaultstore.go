@@ -85,7 +85,7 @@ func (o *objectStore) prepareDefault(ctx context.Context) error {
 	if len(o.proxy.Fleet().Members()) == 0 {
 		_, err := o.add(ctx, control.AddASD{Address: embeddedDir(o.config.DataDir)})
 		if control.CodeOf(err) == control.CodeInUse { // proxy.ErrForeign
-			return control.Errorf(control.CodeInvalid, "%s holds volumes' data that this registry knows nothing of: if the registry was lost, `scoria backend rebuild-registry` restores it; nothing was changed (%v)",
+			return control.Errorf(control.CodeInvalid, "%s holds volumes' data that this registry knows nothing of: if registry.db was lost, put one back from a backup; the data was not changed (%v)",
 				embeddedDir(o.config.DataDir), err)
 		}
 		if err != nil {
