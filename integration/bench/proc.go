@@ -84,6 +84,20 @@ func startPinned(cpu int, name string, args ...string) (*process, error) {
 	return p, nil
 }
 
+// runPinned runs a program on one CPU and waits for it.
+func runPinned(cpu int, cmd *exec.Cmd) error {
+	ended := make(chan error)
+	go func() { // its thread keeps the affinity, and ends with the goroutine
+		runtime.LockOSThread()
+		err := setAffinity(cpu)
+		if err == nil {
+			err = cmd.Run()
+		}
+		ended <- err
+	}()
+	return <-ended
+}
+
 // setAffinity binds the calling thread to cpu, or to all CPUs if negative.
 func setAffinity(cpu int) error {
 	if cpu >= 0 {

@@ -21,8 +21,10 @@ import (
 // The shared-memory rows. fio drives all sides: Scoria with its own engine, a raw
 // file on tmpfs with io_uring in fio's own process, and nbdkit's file plugin on
 // that file with fio's nbd engine. The client is on its CPU and the server on its
-// own, as in placement A. CPU time is that of client and server together, with
-// io_uring's kernel threads, less what a fio needs that does nothing.
+// own, as in placement A, or, in the rows with -D-, both on the server's, where
+// nobody polls for long and CPU time is that of the work. CPU time is that of client
+// and server together, with io_uring's kernel threads, less what a fio needs that
+// does nothing.
 const (
 	shmName    = "shm"
 	tmpfsName  = "tmpfs"
@@ -44,18 +46,24 @@ type shmSide struct {
 type shmJob struct {
 	rw          string
 	depth, jobs int
+	together    bool // placement D
 }
 
 func (j shmJob) name() string {
-	return fmt.Sprintf("shm-%s-d%d-j%d", strings.TrimPrefix(j.rw, "rand"), j.depth, j.jobs)
+	placement := ""
+	if j.together {
+		placement = "D-"
+	}
+	return fmt.Sprintf("shm-%s%s-d%d-j%d", placement, strings.TrimPrefix(j.rw, "rand"), j.depth, j.jobs)
 }
 
 func shmJobs() (all []shmJob) {
 	for _, rw := range []string{"randwrite", "randread"} {
 		for _, depth := range []int{1, 32} {
 			for _, jobs := range []int{1, 4} {
-				all = append(all, shmJob{rw, depth, jobs})
+				all = append(all, shmJob{rw: rw, depth: depth, jobs: jobs})
 			}
+			all = append(all, shmJob{rw: rw, depth: depth, jobs: 1, together: true})
 		}
 	}
 	return all
@@ -95,10 +103,10 @@ func (b *bench) measureShm(ctx context.Context) error {
 		return err
 	}
 	for _, s := range sides {
-		if _, err := b.fio(ctx, s, "--rw=write", "--bs=1M", "--iodepth=4", "--size="+strconv.FormatInt(b.cfg.region, 10)); err != nil {
+		if _, err := b.fio(ctx, s, b.cfg.clientCPU, "--rw=write", "--bs=1M", "--iodepth=4", "--size="+strconv.FormatInt(b.cfg.region, 10)); err != nil {
 			return err
 		}
-		idle, err := b.fio(ctx, s, "--rw=read", "--bs=4k", "--iodepth=1", "--size=4k")
+		idle, err := b.fio(ctx, s, b.cfg.clientCPU, "--rw=read", "--bs=4k", "--iodepth=1", "--size=4k")
 		if err != nil {
 			return err
 		}
@@ -189,11 +197,15 @@ func (b *bench) shmOne(ctx context.Context, s *shmSide, j shmJob) (shmSample, er
 		// As much as fits into the write buffer, or as long as a measurement is.
 		"--io_size=" + strconv.FormatInt(b.cfg.burst/int64(j.jobs), 10), "--runtime=" + strconv.FormatInt(b.cfg.seconds.Milliseconds(), 10) + "ms",
 	}
+	cpu := b.cfg.clientCPU
+	if j.together {
+		cpu = b.cfg.serverCPU
+	}
 	before, err := s.serverCPU()
 	if err != nil {
 		return shmSample{}, err
 	}
-	r, err := b.fio(ctx, s, args...)
+	r, err := b.fio(ctx, s, cpu, args...)
 	if err != nil {
 		return shmSample{}, err
 	}
@@ -201,8 +213,8 @@ func (b *bench) shmOne(ctx context.Context, s *shmSide, j shmJob) (shmSample, er
 	if err != nil {
 		return shmSample{}, err
 	}
-	cpu := max(r.cpu-s.startup, 0) + after - before
-	return shmSample{iops: r.iops, p50: r.p50, p999: r.p999, cpu: cpu.Seconds() * 1e6 / float64(r.ios)}, ctx.Err()
+	used := max(r.cpu-s.startup, 0) + after - before
+	return shmSample{iops: r.iops, p50: r.p50, p999: r.p999, cpu: used.Seconds() * 1e6 / float64(r.ios)}, ctx.Err()
 }
 
 func (s *shmSide) serverCPU() (time.Duration, error) {
@@ -220,14 +232,14 @@ type fioResult struct {
 	cpu             time.Duration
 }
 
-// fio runs one; it inherits this process's CPU. Its CPU time is all of the
-// process, with io_uring's kernel threads, which are the process's own.
-func (b *bench) fio(ctx context.Context, s *shmSide, args ...string) (fioResult, error) {
+// fio runs one on a CPU. Its CPU time is all of the process, with io_uring's kernel
+// threads, which are the process's own.
+func (b *bench) fio(ctx context.Context, s *shmSide, cpu int, args ...string) (fioResult, error) {
 	all := append([]string{"--name=bench", "--thread", "--output-format=json", "--aux-path=" + b.shmDir}, append(s.args, args...)...)
 	cmd := exec.CommandContext(ctx, "fio", all...)
 	var out, problems bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &problems
-	if err := cmd.Run(); err != nil {
+	if err := runPinned(cpu, cmd); err != nil {
 		return fioResult{}, fmt.Errorf("fio %s: %w: %s", strings.Join(all, " "), err, problems.String())
 	}
 	r, err := parseFio(out.Bytes())

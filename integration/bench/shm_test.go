@@ -18,7 +18,7 @@ func TestParseFio(t *testing.T) {
 
 // TestShmLines: ratios are of CPU time within a round.
 func TestShmLines(t *testing.T) {
-	row := shmJob{"randwrite", 32, 1}.name()
+	row := shmJob{rw: "randwrite", depth: 32, jobs: 1}.name()
 	lines := shmLinesOf(map[string]map[string][]shmSample{row: {
 		shmName:   {{iops: 1000, cpu: 1}, {iops: 3000, cpu: 2}},
 		tmpfsName: {{iops: 100, cpu: 4}, {iops: 300, cpu: 4}},
