@@ -17,7 +17,7 @@ import (
 // limitFlags are the flags of the settings, in the order in which they are shown.
 var limitFlags = []struct{ flag, setting, help string }{
 	{"read-iops", "read_iops", "reads per second"},
-	{"write-iops", "write_iops", "writes, discards and zeroings per second"},
+	{"write-iops", "write_iops", "writes, flushes, discards and zeroings per second"},
 	{"iops", "total_iops", "reads and writes together per second"},
 	{"read-bps", "read_bps", "bytes read per second, such as 100M"},
 	{"write-bps", "write_bps", "bytes written per second"},

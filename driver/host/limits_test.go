@@ -238,3 +238,38 @@ func TestLimitsHoldForAGuest(t *testing.T) {
 		return err == nil && v.UsedBy == ""
 	})
 }
+
+// TestSnapshotReadersShareTheLimits: what is read from a volume's snapshots takes from
+// the volume's limits, and can be canceled while it waits for them.
+func TestSnapshotReadersShareTheLimits(t *testing.T) {
+	b := newBench(t)
+	ctx := testContext(t)
+	b.mustCreate(t, "v")
+	b.mustSnap(t, "v", "s")
+	if _, err := b.api.ChangeLimits(ctx, "v", control.ChangeLimits{Set: limit.Settings{ReadIOPS: ptr(uint64(1)), BurstRequests: ptr(uint64(1))}}); err != nil {
+		t.Fatal(err)
+	}
+	dev, err := snapshotOpener{b.VolumeSet}.Open(ctx, "v@s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const n = 20 // as many seconds
+	ended := make(chan *block.Request, n)
+	batch := make([]*block.Request, n)
+	for i := range batch {
+		batch[i] = &block.Request{Op: block.OpRead, Owner: t, Complete: func(r *block.Request) { ended <- r }}
+	}
+	dev.Submit(batch)
+	if st := b.limits("default/v").Stats(); !batch[0].Ended || st.ReadsDelayed != n-1 {
+		t.Fatalf("the first ended: %v, %+v", batch[0].Ended, st)
+	}
+	dev.Cancel(t)
+	for range n - 1 {
+		select {
+		case <-ended:
+		case <-ctx.Done():
+			t.Fatal("a request does not end")
+		}
+	}
+	block.Release(dev)
+}

@@ -24,7 +24,14 @@ var _ block.Opener = snapshotOpener{}
 // Open implements block.Opener.
 func (o snapshotOpener) Open(ctx context.Context, name string) (block.Device, error) {
 	if strings.Contains(name, "@") {
-		return o.openSnapshot(ctx, name)
+		d, err := o.openSnapshot(ctx, name)
+		if err != nil {
+			return nil, err
+		}
+		if l, ok := d.volume.(*limited); ok {
+			d.Device = l.limits.Share(d.view) // its readers are the volume's, too
+		}
+		return d, nil
 	}
 	name, err := fullName(name)
 	if err != nil {

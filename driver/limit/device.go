@@ -61,6 +61,7 @@ type Stats struct {
 type waiter struct {
 	copy  block.Request
 	orig  *block.Request
+	to    block.Device // that gets it
 	d     *Device
 	next  *waiter
 	class class
@@ -108,32 +109,34 @@ func (d *Device) nudge() {
 }
 
 // Submit implements block.Device.
-func (d *Device) Submit(batch []*block.Request) {
+func (d *Device) Submit(batch []*block.Request) { d.submitTo(d.Device, batch) }
+
+func (d *Device) submitTo(dev block.Device, batch []*block.Request) {
 	if !d.limited.Load() {
-		d.Device.Submit(batch)
+		dev.Submit(batch)
 		return
 	}
 	for len(batch) > 0 {
 		n := min(len(batch), passBatch)
-		d.submit(batch[:n])
+		d.submit(dev, batch[:n])
 		batch = batch[n:]
 	}
 }
 
 // submit lets go at once what may pass and keeps the rest. From the moment at
 // which the lock is released, a request that waits is not touched here any more.
-func (d *Device) submit(batch []*block.Request) {
+func (d *Device) submit(dev block.Device, batch []*block.Request) {
 	var passes [passBatch]bool
 	d.mu.Lock()
 	now := d.now()
 	for i, r := range batch {
-		if passes[i] = r.Op == block.OpFlush; passes[i] {
+		if passes[i] = r.Op == block.OpFlush && (dev != d.Device || !d.gate.counted); passes[i] {
 			continue
 		}
 		c, n := classOf(r)
 		if passes[i] = d.gate.pass(now, c, n); !passes[i] {
 			r.Ended = false
-			d.keep(r, c, n, now)
+			d.keep(dev, r, c, n, now)
 		}
 	}
 	d.start()
@@ -144,14 +147,14 @@ func (d *Device) submit(batch []*block.Request) {
 			j++
 		}
 		if j > i {
-			d.Device.Submit(batch[i:j])
+			dev.Submit(batch[i:j])
 		}
 		i = j + 1
 	}
 }
 
-// keep lets r wait. Caller holds mu.
-func (d *Device) keep(r *block.Request, c class, n uint64, now int64) {
+// keep lets r wait before dev gets it. Caller holds mu.
+func (d *Device) keep(dev block.Device, r *block.Request, c class, n uint64, now int64) {
 	w := d.free
 	if w == nil {
 		w = &waiter{d: d}
@@ -163,7 +166,7 @@ func (d *Device) keep(r *block.Request, c class, n uint64, now int64) {
 		d.free = w.next
 		d.nfree--
 	}
-	w.orig, w.class, w.bytes, w.since = r, c, n, now
+	w.orig, w.to, w.class, w.bytes, w.since = r, dev, c, n, now
 	w.copy.Op, w.copy.Flags, w.copy.Offset, w.copy.Length = r.Op, r.Flags, r.Offset, r.Length
 	w.copy.Segments, w.copy.Owner, w.copy.Err, w.copy.Ended = r.Segments, r.Owner, nil, false
 	if c == reads {
@@ -241,14 +244,21 @@ func (d *Device) waited(w *waiter, now int64) {
 	}
 }
 
-// letGo passes requests on to the device.
+// letGo passes requests on to their devices.
 func (d *Device) letGo(list []*waiter) {
 	var batch [passBatch]*block.Request
 	for i, w := range list {
 		w.uses.Store(2)
 		batch[i] = &w.copy
 	}
-	d.Device.Submit(batch[:len(list)])
+	for i := 0; i < len(list); {
+		j := i + 1
+		for j < len(list) && list[j].to == list[i].to {
+			j++
+		}
+		list[i].to.Submit(batch[i:j])
+		i = j
+	}
 	for _, w := range list {
 		if w.copy.Ended {
 			w.finish()
@@ -270,7 +280,7 @@ func (w *waiter) release() {
 	if w.uses.Add(-1) > 0 {
 		return
 	}
-	w.orig, w.copy.Segments, w.copy.Owner = nil, nil, nil
+	w.orig, w.to, w.copy.Segments, w.copy.Owner = nil, nil, nil, nil
 	d := w.d
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -281,11 +291,14 @@ func (w *waiter) release() {
 }
 
 // Cancel implements block.Device: what waits for the limits waits for room.
-func (d *Device) Cancel(owner any) {
+func (d *Device) Cancel(owner any) { d.cancelIn(d.Device, owner) }
+
+func (d *Device) cancelIn(dev block.Device, owner any) {
+	match := func(w *waiter) bool { return w.to == dev && w.orig.Owner == owner }
 	d.mu.Lock()
 	now := d.now()
-	list := d.gate.remove(func(w *waiter) bool { return w.orig.Owner == owner })
-	list = d.urgent.remove(func(w *waiter) bool { return w.orig.Owner == owner }, list)
+	list := d.gate.remove(match)
+	list = d.urgent.remove(match, list)
 	for _, w := range list {
 		d.waited(w, now)
 	}
@@ -299,16 +312,18 @@ func (d *Device) Cancel(owner any) {
 		w.finish()
 		w.release()
 	}
-	d.Device.Cancel(owner)
+	dev.Cancel(owner)
 }
 
 // Hasten implements block.Delayer. What is let go early counts all the same:
 // later requests wait for it.
-func (d *Device) Hasten(owner any) {
+func (d *Device) Hasten(owner any) { d.hastenIn(d.Device, owner) }
+
+func (d *Device) hastenIn(dev block.Device, owner any) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	now := d.now()
-	for _, w := range d.gate.remove(func(w *waiter) bool { return w.orig.Owner == owner }) {
+	for _, w := range d.gate.remove(func(w *waiter) bool { return w.to == dev && w.orig.Owner == owner }) {
 		d.gate.take(now, w.class, w.bytes)
 		d.waited(w, now)
 		d.urgent.push(w)

@@ -146,8 +146,8 @@ func TestClearLetsEverythingGo(t *testing.T) {
 	})
 }
 
-// TestP1FlushPassesWaitingWrites: a flush waits for no limit, and a write that
-// waits has not reached the device when it ends.
+// TestP1FlushPassesWaitingWrites: a flush waits for no limit on bytes, and a write
+// that waits has not reached the device when it ends.
 func TestP1FlushPassesWaitingWrites(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var mu sync.Mutex
@@ -159,7 +159,7 @@ func TestP1FlushPassesWaitingWrites(t *testing.T) {
 		}})
 		defer ram.Close()
 		d := New(ram)
-		d.Set(Settings{WriteIOPS: ptr(uint64(1)), BurstRequests: ptr(uint64(1))})
+		d.Set(Settings{WriteBPS: ptr(uint64(MinBPS)), ReadIOPS: ptr(uint64(1)), BurstBytes: ptr(uint64(1))})
 		first, late, flush := newFlight(block.OpWrite, 4096, nil), newFlight(block.OpWrite, 4096, nil), newFlight(block.OpFlush, 0, nil)
 		submit(d, first, late, flush)
 		if !first.ended(t) || late.ended(t) || !flush.ended(t) {

@@ -52,6 +52,7 @@ type gate struct {
 	buckets [kinds]bucket
 	limited bool // any bucket has a rate
 	shared  bool // one of both classes together has
+	counted bool // one on requests of writes has: flushes count
 	lines   [2]line
 	seq     uint64
 	blocked int // bucket that held up a request last
@@ -59,12 +60,13 @@ type gate struct {
 
 // set changes the limits at now.
 func (g *gate) set(now int64, rates [kinds]rate) {
-	g.limited, g.shared = false, false
+	g.limited, g.shared, g.counted = false, false, false
 	for i := range g.buckets {
 		g.buckets[i].set(now, rates[i])
 		if rates[i].perSecond > 0 {
 			g.limited = true
 			g.shared = g.shared || class(i/2) == both
+			g.counted = g.counted || class(i/2) != reads && unit(i%2) == inRequests
 		}
 	}
 }
