@@ -50,6 +50,10 @@ type Fleet struct {
 	dial Dial
 	here Location
 
+	// reloading is held from reading the registry until what it said is known, so that
+	// an older state never replaces a newer one. Taken before mu.
+	reloading sync.Mutex
+
 	mu      sync.Mutex
 	devices map[string]*Member
 	order   []string // IDs, sorted
@@ -77,6 +81,8 @@ func NewFleet(reg alba.Registry, dial Dial, here Location) *Fleet {
 // Reload reads the devices from the registry anew. Clients of devices that are gone,
 // or have another address, are closed.
 func (f *Fleet) Reload(ctx context.Context) error {
+	f.reloading.Lock()
+	defer f.reloading.Unlock()
 	kvs, err := f.reg.List(ctx, alba.DevicePrefix)
 	if err != nil {
 		return fmt.Errorf("list devices: %w", err)
