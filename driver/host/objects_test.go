@@ -183,14 +183,21 @@ func TestDrainedASDIsEmpty(t *testing.T) {
 		t.Fatalf("draining %+v, %v", a, err)
 	}
 	// An upload that chose its disks before may end behind a look at all objects.
-	await(t, "the disk to be empty", func() bool {
+	await(t, "the disk to be empty and removed", func() bool {
 		_, err := client.StartBackendJob(testContext(t), "repair")
 		a, aerr := client.ASD(testContext(t), asds[1].ID)
-		return err == nil && aerr == nil && a.Shards == 0
+		if err != nil || aerr != nil || a.Shards > 0 {
+			return false
+		}
+		a, err = client.RemoveASD(testContext(t), asds[1].ID, false)
+		if control.CodeOf(err) == control.CodeNeedsForce {
+			return false
+		}
+		if err != nil || a.State != "removed" {
+			t.Fatalf("removed %+v, %v", a, err)
+		}
+		return true
 	})
-	if a, err := client.RemoveASD(testContext(t), asds[1].ID, false); err != nil || a.State != "removed" {
-		t.Fatalf("removed %+v, %v", a, err)
-	}
 	verify(t, h, 64, 1)
 	// Another daemon may have the directory now.
 	if l, err := vfs.OS().Lock(filepath.Join(asds[1].Address, "lock")); err != nil {
