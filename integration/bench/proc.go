@@ -26,6 +26,7 @@ type process struct {
 	cmd  *exec.Cmd
 	out  lockedBuffer
 	dead chan struct{}
+	calm int // steps of settle that have to be quiet one after the other; 0 is 1
 }
 
 // lockedBuffer keeps the last part of what a process printed.
@@ -148,8 +149,8 @@ func (p *process) waitFor(ctx context.Context, what string, ready func() bool) e
 }
 
 // settle waits until the process has nearly stopped using the CPU and writing to
-// disks: what it does in the background must not weigh on the next measurement.
-// At most limit.
+// disks, for as many steps as calm says: what it does in the background must not
+// weigh on the next measurement. At most limit.
 func (p *process) settle(ctx context.Context, limit time.Duration) error {
 	const (
 		step       = 100 * time.Millisecond
@@ -158,7 +159,7 @@ func (p *process) settle(ctx context.Context, limit time.Duration) error {
 	)
 	end := time.Now().Add(limit)
 	last, err := p.activity()
-	for err == nil && time.Now().Before(end) {
+	for quiet := 0; err == nil && time.Now().Before(end); {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -168,7 +169,11 @@ func (p *process) settle(ctx context.Context, limit time.Duration) error {
 		}
 		var now activity
 		if now, err = p.activity(); err == nil && now.cpu-last.cpu <= quietCPU && now.written-last.written <= quietBytes {
-			return nil
+			if quiet++; quiet >= max(p.calm, 1) {
+				return nil
+			}
+		} else {
+			quiet = 0
 		}
 		last = now
 	}

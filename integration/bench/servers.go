@@ -95,6 +95,10 @@ type scoriad struct {
 	proc      *process
 }
 
+// scoriadCalm: the daemon looks once a second for what it has to do in the
+// background, which may be nothing but to begin.
+const scoriadCalm = 12
+
 // start starts the daemon and waits for its control socket.
 func (d *scoriad) start(ctx context.Context, cpu int) error {
 	os.Remove(d.control())
@@ -104,6 +108,7 @@ func (d *scoriad) start(ctx context.Context, cpu int) error {
 		return fmt.Errorf("%w (make build makes it)", err)
 	}
 	d.proc = proc
+	proc.calm = scoriadCalm
 	if err := proc.waitFor(ctx, "control socket", exists(d.control())); err != nil {
 		proc.stop()
 		return err
