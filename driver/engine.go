@@ -407,9 +407,10 @@ func (e *Engine) evict() {
 func (e *Engine) evictOne() bool {
 	var victim *scoMeta
 	var owner *Volume
+	var oldest int64
 	for _, v := range e.list() {
-		if m := v.coldest(); m != nil && (victim == nil || m.lastRead < victim.lastRead) {
-			victim, owner = m, v
+		if m, lastRead := v.coldest(); m != nil && (victim == nil || lastRead < oldest) {
+			victim, owner, oldest = m, v, lastRead
 		}
 	}
 	if victim == nil {

@@ -147,7 +147,7 @@ func ObjectName(n uint64, generation uint32) string { return scoObject(n, genera
 // DropLocalCopies evicts everything that is in the store.
 func (v *Volume) DropLocalCopies() {
 	for {
-		m := v.coldest()
+		m, _ := v.coldest()
 		if m == nil {
 			return
 		}

@@ -265,20 +265,23 @@ func (v *Volume) compactCheckpoints(ctx context.Context) {
 	}
 }
 
-// coldest is the uploaded SCO with a local copy that was not read for longest.
-func (v *Volume) coldest() *scoMeta {
+// coldest is the uploaded SCO with a local copy that was not read for longest, and when
+// it was last read, which readers go on changing.
+func (v *Volume) coldest() (best *scoMeta, lastRead int64) {
 	v.metaMu.Lock()
 	defer v.metaMu.Unlock()
 	for _, r := range v.retired {
 		if r.local {
-			return r.scoMeta // nobody reads it any more
+			return r.scoMeta, r.lastRead // nobody reads it any more
 		}
 	}
-	var best *scoMeta
 	for _, m := range v.scos {
 		if m.local && m.uploaded && (best == nil || m.lastRead < best.lastRead) {
 			best = m
 		}
 	}
-	return best
+	if best == nil {
+		return nil, 0
+	}
+	return best, best.lastRead
 }

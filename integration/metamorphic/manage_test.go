@@ -304,12 +304,16 @@ func (r *run) flatten(o op) error {
 	}
 	flat := func(m *model) {
 		v := m.volumes[o.Vol]
+		moved := step{} // no flush
 		for at, c := range v.cells {
 			if c != nil && c.owner != v.id {
-				v.cells[at] = &cell{owner: v.id, now: c.now}
+				moved[at] = &cell{owner: v.id, now: c.now}
 			}
 		}
-		v.settle()
+		if len(moved) > 0 {
+			v.put(moved)
+			v.ack()
+		}
 		if len(v.snaps) == 0 {
 			v.kin = nil
 		}

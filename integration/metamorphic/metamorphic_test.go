@@ -47,9 +47,9 @@ type recorder struct {
 	file  *os.File
 }
 
-func newRecorder(t *testing.T, s settings, seed uint64) *recorder {
+func newRecorder(t *testing.T, dir string, s settings, seed uint64) *recorder {
 	t.Helper()
-	f, err := os.CreateTemp("", fmt.Sprintf("scoria-metamorphic-%d-*.trace", seed))
+	f, err := os.CreateTemp(dir, fmt.Sprintf("scoria-metamorphic-%d-*.trace", seed))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,11 +70,12 @@ func (r *recorder) close(keep bool) {
 	}
 }
 
-// generate runs n random operations and returns them, and what went wrong.
-func generate(t *testing.T, seed uint64, n int, wrap func(block.Device) block.Device) (*trace, error) {
+// generate runs n random operations and returns them, and what went wrong. They are
+// written to a file in dir, or in that for temporary files, which stays if they fail.
+func generate(t *testing.T, dir string, seed uint64, n int, wrap func(block.Device) block.Device) (*trace, error) {
 	t.Helper()
 	rng := rand.New(rand.NewPCG(seed, 1))
-	rec := newRecorder(t, randomSettings(rng), seed)
+	rec := newRecorder(t, dir, randomSettings(rng), seed)
 	t.Logf("-seed %d -ops %d: %s; trace in %s", seed, n, rec.trace.settings, rec.file.Name())
 	r, err := newRun(rec.trace.settings, testLog(t), wrap)
 	if err != nil {
@@ -103,7 +104,7 @@ func generate(t *testing.T, seed uint64, n int, wrap func(block.Device) block.De
 // try runs a seed and fails with the shrunk trace.
 func try(t *testing.T, seed uint64, n int) {
 	t.Helper()
-	failed, err := generate(t, seed, n, nil)
+	failed, err := generate(t, "", seed, n, nil)
 	if err == nil {
 		return
 	}

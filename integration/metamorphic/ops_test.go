@@ -347,7 +347,7 @@ func (r *run) restart(op) error {
 	if l.died() {
 		return nil
 	}
-	if err := r.w.stop(); err != nil && !onlyFailedDisks(err) {
+	if err := r.w.stop(); err != nil {
 		return fmt.Errorf("stop: %w", err)
 	}
 	for _, v := range r.m.volumes {
@@ -363,6 +363,9 @@ func (r *run) restart(op) error {
 // onlyFailedDisks reports whether an error is about disks of storage daemons alone, which
 // take no writes once they have failed.
 func onlyFailedDisks(err error) bool {
+	if err == nil {
+		return false
+	}
 	if list, ok := err.(interface{ Unwrap() []error }); ok && !strings.HasPrefix(err.Error(), "close ASD") {
 		return !slices.ContainsFunc(list.Unwrap(), func(e error) bool { return !onlyFailedDisks(e) })
 	}

@@ -160,11 +160,11 @@ func (w *world) furnish() error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	c := w.life.client
-	if _, err := c.CreatePool(ctx, control.CreatePool{Name: dirPool}); err != nil {
+	if _, err := c.CreatePool(ctx, control.CreatePool{Name: dirPool, Store: control.StoreDirectory}); err != nil {
 		return err
 	}
 	if w.settings.DirOnly {
-		_, err := c.CreatePool(ctx, control.CreatePool{Name: objectPool})
+		_, err := c.CreatePool(ctx, control.CreatePool{Name: objectPool, Store: control.StoreDirectory})
 		return err
 	}
 	for i := range storageDaemons {
@@ -189,11 +189,20 @@ func (w *world) close() error {
 	return errors.Join(err, os.RemoveAll(w.dir))
 }
 
-// stop ends a life in order.
+// stop ends a life in order, and the process with it: what that still had open or locked,
+// as a disk that has failed is, it has no more.
 func (w *world) stop() error {
 	l := w.life
 	l.client.Close()
-	return within("the daemon's stop", func() error { return l.host.Stop(nil) })
+	err := within("the daemon's stop", func() error { return l.host.Stop(nil) })
+	next, cloned := l.fs.KillClone()
+	if cloned == nil {
+		w.fs = next
+	}
+	if onlyFailedDisks(err) {
+		err = nil
+	}
+	return errors.Join(err, cloned)
 }
 
 // die ends a life now; the daemon notices by and by. Only the first death counts.
