@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 	"strings"
 
@@ -75,14 +76,15 @@ func (v *Volume) checksumTrouble(err error) {
 	}
 }
 
-// readRoot reads a root from the local disk or, if that one is damaged, the store.
+// readRoot reads a root from the local disk or, if that one is damaged or goes at this
+// moment because it has been published, the store.
 func (v *Volume) readRoot(ctx context.Context, name string) (*lba.Root, error) {
 	r, size, err := v.openMapObject(ctx, name)
 	if err != nil {
 		return nil, err
 	}
 	root, err := lba.ReadRoot(r, size)
-	if err == nil || !errors.Is(err, lba.ErrFormat) {
+	if err == nil || !errors.Is(err, lba.ErrFormat) && !errors.Is(err, fs.ErrNotExist) {
 		return root, err
 	}
 	if _, isLocal := r.(localFile); !isLocal {

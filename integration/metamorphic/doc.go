@@ -41,7 +41,7 @@
 // # Running
 //
 //	go test -race ./integration/metamorphic                       # 10 000 operations
-//	go test ./integration/metamorphic -run Soak -soak 10m         # until then, seed after seed
+//	go test ./integration/metamorphic -run Soak -soak 10m         # until then, one new seed after the other
 //	go test ./integration/metamorphic -run Metamorphic -seed 17   # that seed only
 //	go test ./integration/metamorphic -run Replay -replay FILE    # a trace
 //

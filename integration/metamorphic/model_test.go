@@ -255,19 +255,19 @@ func (m *model) dependents(v *volume, snap uuid.UUID) (sure, perhaps bool) {
 	for _, w := range m.volumes {
 		for _, k := range w.kin {
 			if k.volume == v.id && (snap == uuid.Nil || k.snapshot == snap) {
-				sure, perhaps = sure || !k.maybe && w.reads(), true
+				sure, perhaps = sure || !k.maybe && w.reads(k.volume), true
 			}
 		}
 	}
 	return sure, perhaps
 }
 
-// reads reports whether a clone surely has clusters of its ancestors. One that has not
-// may be independent by now.
-func (v *volume) reads() bool {
-	foreign := func(c *cell) bool { return c != nil && c.owner != v.id }
-	return !v.fuzzy && (slices.ContainsFunc(v.cells, foreign) ||
-		slices.ContainsFunc(v.snaps, func(s *snapshot) bool { return slices.ContainsFunc(s.cells, foreign) }))
+// reads reports whether a clone surely has clusters of an ancestor. One that has not may
+// be independent of it by now.
+func (v *volume) reads(ancestor int) bool {
+	has := func(c *cell) bool { return c != nil && c.owner == ancestor }
+	return !v.fuzzy && ancestor != v.id && (slices.ContainsFunc(v.cells, has) ||
+		slices.ContainsFunc(v.snaps, func(s *snapshot) bool { return slices.ContainsFunc(s.cells, has) }))
 }
 
 // observed is what was found of a volume.
