@@ -146,6 +146,9 @@ func (b *bench) measure(ctx context.Context) {
 	if b.wantsShm() && ctx.Err() == nil {
 		b.fail(shmName, b.measureShm(ctx))
 	}
+	if b.wantsObjects() && ctx.Err() == nil {
+		b.fail(rowObjects, b.measureObjects(ctx))
+	}
 	if (b.wants(rowSnapWrite) || b.wants(rowCloneWrite)) && ctx.Err() == nil {
 		b.fail("first writes", b.measureFirstWrites(ctx))
 	}

@@ -114,6 +114,9 @@ func TestFlags(t *testing.T) {
 // measures would silently be missing from the report.
 func TestTargetsNameWorkloads(t *testing.T) {
 	known := map[string]bool{rowTailRead: true, rowTailWrite: true, rowSnapWrite: true, rowCloneWrite: true, rowSustained: true}
+	for _, name := range objectRows() {
+		known[name] = true
+	}
 	for _, w := range workloads() {
 		known[w.name] = true
 	}

@@ -89,7 +89,7 @@ func targets() []target {
 	peer := func(title, workload, unit string, value func(*sample) float64, limit, goal float64, atMost bool) target {
 		return target{title: title, workload: workload, unit: unit, value: value, against: peerName, limit: limit, goal: goal, atMost: atMost}
 	}
-	return []target{
+	return append([]target{
 		peer("4 KiB random write, depth 32, A", "A-write-d32", "IOPS", iops, 3.5, 5.5, false),
 		peer("4 KiB random read, depth 32, A", "A-read-d32", "IOPS", iops, 3.5, 5, false),
 		peer("4 KiB random write, depth 32, D", "D-write-d32", "IOPS", iops, 3, 5, false),
@@ -117,5 +117,5 @@ func targets() []target {
 		{title: "the same p99.9, against an ideal server's", workload: rowTailWrite, unit: "µs", value: p999, against: idealName, atMost: true},
 		{title: "read, half load: p99.9 / p50", workload: rowTailRead, unit: "×", value: tail, limit: 10, atMost: true},
 		{title: "the same p99.9, against an ideal server's", workload: rowTailRead, unit: "µs", value: p999, against: idealName, atMost: true},
-	}
+	}, objectTargets()...)
 }

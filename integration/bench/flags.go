@@ -28,6 +28,7 @@ type config struct {
 	bin, dataDir, shmDir string
 	burst, buffer        int64
 	region               int64
+	objectBytes          int64
 	peerPoll             time.Duration
 	poll                 time.Duration
 	sustained            time.Duration
@@ -57,7 +58,7 @@ func (b bytesFlag) Set(s string) (err error) {
 }
 
 func parseFlags(args []string) (*config, error) {
-	c := &config{burst: 2 << 30, buffer: 4 << 30, region: 256 << 20, scrubVolume: 2 << 30}
+	c := &config{burst: 2 << 30, buffer: 4 << 30, region: 256 << 20, objectBytes: 64 << 20, scrubVolume: 2 << 30}
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	var rows, servers, extra string
 	var quick bool
@@ -76,6 +77,7 @@ func parseFlags(args []string) (*config, error) {
 	fs.Var(bytesFlag{&c.burst}, "burst", "a measurement of writes ends after so many bytes, so that it fits into the write buffer")
 	fs.Var(bytesFlag{&c.buffer}, "write-buffer", "Scoria's write buffer")
 	fs.Var(bytesFlag{&c.region}, "region", "part of the disk that is read and written")
+	fs.Var(bytesFlag{&c.objectBytes}, "object-size", "objects of the object store's rows, at least 1M")
 	fs.DurationVar(&c.peerPoll, "peer-poll", time.Millisecond, "the longest that the peer's iothread polls, in placement A")
 	fs.DurationVar(&c.poll, "poll", 100*time.Microsecond, "how long Scoria polls, in placement A")
 	fs.DurationVar(&c.sustained, "sustained", 12*time.Second, "length of the sustained random write, the first half not measured")
@@ -111,6 +113,8 @@ func (c *config) check(fs *flag.FlagSet, rows, servers string) (err error) {
 		return fmt.Errorf("argument %q: there are only flags", fs.Arg(0))
 	case c.output != "table" && c.output != "json":
 		return fmt.Errorf("-o %q: must be table or json", c.output)
+	case c.objectBytes < 1<<20:
+		return fmt.Errorf("-object-size %d: must be at least 1M", c.objectBytes)
 	case c.rounds < 1 || c.seconds < 10*time.Millisecond:
 		return fmt.Errorf("-rounds %d -time %v: must be at least 1 and 10ms", c.rounds, c.seconds)
 	case c.scrub <= 0 || c.scrubVolume < 64<<20:

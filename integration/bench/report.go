@@ -105,7 +105,7 @@ func listRows(w io.Writer) error {
 	for _, j := range shmJobs() {
 		fmt.Fprintln(w, j.name())
 	}
-	_, err := fmt.Fprintln(w, strings.Join([]string{rowTailWrite, rowTailRead, rowSnapWrite, rowCloneWrite, rowSnapshot, rowChain, rowCopy, rowSustained, rowScrub, rowNeighbour, rowIdle, rowRestart, rowRestartTiB}, "\n"))
+	_, err := fmt.Fprintln(w, strings.Join([]string{rowTailWrite, rowTailRead, strings.Join(objectRows(), "\n"), rowObjects + "-encrypted", rowObjects + "-degraded", rowObjects + "-repair", rowSnapWrite, rowCloneWrite, rowSnapshot, rowChain, rowCopy, rowSustained, rowScrub, rowNeighbour, rowIdle, rowRestart, rowRestartTiB}, "\n"))
 	return err
 }
 
@@ -117,7 +117,7 @@ func (b *bench) document() document {
 		}
 	}
 	for _, name := range b.rowOrder() {
-		for _, server := range []string{scoriaName, plainName, peerName, qcowName, qcowPlainName, idealName, diskName, inPlaceName} {
+		for _, server := range []string{scoriaName, plainName, peerName, qcowName, qcowPlainName, idealName, diskName, inPlaceName, erasureName, bareName} {
 			if rounds := b.results[name][server]; len(rounds) > 0 {
 				doc.Workloads = append(doc.Workloads, lineOf(name, server, rounds))
 			}
@@ -130,7 +130,7 @@ func (b *bench) rowOrder() (names []string) {
 	for _, w := range workloads() {
 		names = append(names, w.name)
 	}
-	return append(names, rowTailWrite, rowTailRead, rowSnapWrite, rowCloneWrite, rowSustained)
+	return append(append(names, rowTailWrite, rowTailRead, rowSnapWrite, rowCloneWrite, rowSustained), objectRows()...)
 }
 
 // ratio forms one line; false if it was not measured. Each ratio is that of one

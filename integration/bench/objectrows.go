@@ -1,0 +1,519 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"scoria/alba"
+	"scoria/alba/erasure"
+)
+
+// Rows of the object store. Everything of it runs in this process, on both CPUs: what is
+// compared is the store with its bounds, not with the peer.
+const (
+	rowObjects    = "objects"
+	erasureName   = "erasure" // erasure coding alone, one CPU
+	bareName      = "bare"    // a disk read alone, behind a round trip for TCP
+	objectDevices = 6
+	readObjects   = 4
+)
+
+// uploadCase is one row of uploads.
+type uploadCase struct {
+	k, m int
+	tcp  bool
+}
+
+func uploadCases() []uploadCase {
+	return []uploadCase{{1, 0, false}, {4, 2, false}, {16, 4, false}, {1, 0, true}, {4, 2, true}}
+}
+
+func (c uploadCase) row() string {
+	return fmt.Sprintf("objects-upload-%d+%d%s", c.k, c.m, suffix(c.tcp))
+}
+
+func (c uploadCase) policy() alba.Policy { return alba.Policy{K: c.k, M: c.m, C: c.k + c.m, X: 1} }
+
+func suffix(tcp bool) string {
+	if tcp {
+		return "-tcp"
+	}
+	return ""
+}
+
+func readRow(tcp bool) string { return "objects-read-4k" + suffix(tcp) }
+
+// objectRows are the names under which results are kept.
+func objectRows() (names []string) {
+	for _, c := range uploadCases() {
+		names = append(names, c.row())
+	}
+	return append(names, readRow(false), readRow(true))
+}
+
+// objectTargets are the lines of §13 on the object store.
+func objectTargets() (list []target) {
+	for _, c := range uploadCases() {
+		list = append(list, target{title: fmt.Sprintf("SCO upload, %d+%d%s, against its disks", c.k, c.m, over(c.tcp)), workload: c.row(), unit: "MB/s", value: mbps, against: diskName, limit: 0.8})
+		if c.m > 0 {
+			list = append(list, target{title: "the same, against erasure coding alone", workload: c.row(), unit: "MB/s", value: mbps, against: erasureName})
+		}
+	}
+	return append(list,
+		target{title: "4 KiB read of a stored object, embedded, p50, against a disk read", workload: readRow(false), unit: "µs", value: p50, against: bareName, limit: 2, goal: 1.3, atMost: true},
+		target{title: "4 KiB read of a stored object, loopback TCP, p50, against round trip + disk read", workload: readRow(true), unit: "µs", value: p50, against: bareName, limit: 2, goal: 1.3, atMost: true})
+}
+
+func over(tcp bool) string {
+	if tcp {
+		return ", loopback TCP"
+	}
+	return ""
+}
+
+func (b *bench) wantsObjects() bool {
+	for _, name := range append(objectRows(), rowObjects+"-encrypted", rowObjects+"-degraded", rowObjects+"-repair") {
+		if b.wants(name) {
+			return true
+		}
+	}
+	return false
+}
+
+// measureObjects goes through the rows of the object store.
+func (b *bench) measureObjects(ctx context.Context) error {
+	undo, err := b.allCPUs()
+	if err != nil {
+		return err
+	}
+	defer undo()
+	// Without collection the memory of thousands of requests would stay.
+	defer debug.SetGCPercent(debug.SetGCPercent(100))
+	data := make([]byte, b.cfg.objectBytes)
+	fill(data)
+	for _, c := range uploadCases() {
+		if b.wants(c.row()) && ctx.Err() == nil {
+			b.fail(c.row(), b.measureUpload(ctx, c, data))
+		}
+	}
+	for _, tcp := range []bool{false, true} {
+		if b.wants(readRow(tcp)) && ctx.Err() == nil {
+			b.fail(readRow(tcp), b.measureObjectReads(ctx, tcp, data))
+		}
+	}
+	for _, row := range []struct {
+		name string
+		do   func(context.Context, []byte) error
+	}{{rowObjects + "-encrypted", b.measureEncryptedReads}, {rowObjects + "-degraded", b.measureDegraded}, {rowObjects + "-repair", b.measureRepair}} {
+		if b.wants(row.name) && ctx.Err() == nil {
+			b.fail(row.name, row.do(ctx, data))
+		}
+	}
+	return nil
+}
+
+// measureUpload stores objects for a while, in turns with the same bytes written and
+// synced to files, and with parity computed in memory.
+func (b *bench) measureUpload(ctx context.Context, c uploadCase, data []byte) error {
+	r, err := b.newObjectRig(ctx, c.k+c.m, c.policy(), alba.EncryptNone, c.tcp)
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	for round := range b.cfg.rounds {
+		b.say("%s: round %d of %d", c.row(), round+1, b.cfg.rounds)
+		n := 0
+		mine, err := b.timed(ctx, len(data), func() error {
+			n++
+			return r.proxy.Put(ctx, "n", fmt.Sprint("o", round, "-", n), 1, bytes.NewReader(data), int64(len(data)))
+		}, func() error { return r.proxy.Delete(ctx, "n", fmt.Sprint("o", round, "-", n), 1) })
+		if err != nil {
+			return err
+		}
+		b.results.put(c.row(), scoriaName, round, mine)
+		files := b.diskFiles(r.dir, c, data)
+		disks, err := b.timed(ctx, len(data), files.write, files.remove)
+		if err != nil {
+			return err
+		}
+		b.results.put(c.row(), diskName, round, disks)
+		if c.m == 0 {
+			continue
+		}
+		coding, err := b.timedEncoding(ctx, c, data)
+		if err != nil {
+			return err
+		}
+		b.results.put(c.row(), erasureName, round, coding)
+	}
+	return nil
+}
+
+// timed calls do again and again for a measurement's length, at least twice after one
+// call to warm up, and counts only the time in it. after follows each call.
+func (b *bench) timed(ctx context.Context, size int, do, after func() error) (res sample, err error) {
+	var spent time.Duration
+	for i := 0; i < 3 || spent < b.cfg.seconds; i++ {
+		start := time.Now()
+		err := do()
+		took := time.Since(start)
+		if after != nil && err == nil {
+			err = after()
+		}
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return res, err
+		}
+		if i > 0 {
+			spent += took
+			res.Latency.Record(uint64(took))
+			res.Ops++
+		}
+	}
+	finish(&res, time.Now().Add(-spent), uint64(size))
+	return res, nil
+}
+
+// boundFiles write the bytes of an upload to as many files at once as it has shards.
+type boundFiles struct {
+	dir    string
+	shards [][]byte
+}
+
+func (b *bench) diskFiles(dir string, c uploadCase, data []byte) *boundFiles {
+	f := &boundFiles{dir: dir}
+	shard := len(data) / c.k &^ 4095
+	for i := range c.k + c.m {
+		from := (i % c.k) * shard
+		f.shards = append(f.shards, data[from:from+shard])
+	}
+	return f
+}
+
+func (f *boundFiles) name(i int) string { return filepath.Join(f.dir, fmt.Sprint("bound-", i)) }
+
+// write writes through the page cache, which is the faster way here for few files, and
+// syncs each file.
+func (f *boundFiles) write() error {
+	var g errgroup.Group
+	for i, p := range f.shards {
+		g.Go(func() error {
+			file, err := os.Create(f.name(i))
+			if err != nil {
+				return err
+			}
+			defer file.Close()
+			if _, err := file.Write(p); err != nil {
+				return err
+			}
+			return unix.Fdatasync(int(file.Fd()))
+		})
+	}
+	return g.Wait()
+}
+
+func (f *boundFiles) remove() error {
+	for i := range f.shards {
+		if err := os.Remove(f.name(i)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *bench) timedEncoding(ctx context.Context, c uploadCase, data []byte) (sample, error) {
+	codec, err := erasure.CodecFor(c.k, c.m)
+	if err != nil {
+		return sample{}, err
+	}
+	shard := len(data) / c.k &^ 4095
+	shards := make([][]byte, c.k+c.m)
+	for i := range shards {
+		if i < c.k {
+			shards[i] = data[i*shard : (i+1)*shard]
+		} else {
+			shards[i] = make([]byte, shard)
+		}
+	}
+	return b.timed(ctx, len(data), func() error { return codec.Encode(shards) }, nil)
+}
+
+// storedObjects puts objects to read from.
+func storedObjects(ctx context.Context, r *objectRig, data []byte) error {
+	for i := range readObjects {
+		if err := r.proxy.Put(ctx, "n", fmt.Sprint("o", i), 1, bytes.NewReader(data), int64(len(data))); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readLoop reads 4 KiB at random places for a measurement's length.
+func (b *bench) readLoop(ctx context.Context, seed uint64, size int, read func(object int, p []byte, off int64) error) (res sample, err error) {
+	rng := rand.New(rand.NewPCG(seed, 7))
+	p, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		return res, fmt.Errorf("mmap: %w", err)
+	}
+	defer unix.Munmap(p)
+	begin := time.Now()
+	for res.Ops < 8 || time.Since(begin) < b.cfg.seconds {
+		start := time.Now()
+		if err := read(rng.IntN(readObjects), p, rng.Int64N(int64(size/4096))*4096); err != nil {
+			return res, err
+		}
+		res.Latency.Record(uint64(time.Since(start)))
+		res.Ops++
+		if err := ctx.Err(); err != nil {
+			return res, err
+		}
+	}
+	finish(&res, begin, 4096)
+	return res, nil
+}
+
+func (r *objectRig) readObject(ctx context.Context) func(int, []byte, int64) error {
+	return func(object int, p []byte, off int64) error {
+		return r.proxy.ReadAt(ctx, "n", fmt.Sprint("o", object), p, off)
+	}
+}
+
+// measureObjectReads reads what no cache has, in turns with a bare loop.
+func (b *bench) measureObjectReads(ctx context.Context, tcp bool, data []byte) error {
+	r, err := b.newObjectRig(ctx, objectDevices, alba.Policy{K: 4, M: 2, C: 6, X: 1}, alba.EncryptNone, tcp)
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	if err := storedObjects(ctx, r, data); err != nil {
+		return err
+	}
+	bare, done, err := b.bareReads(r.dir, tcp, data)
+	if err != nil {
+		return err
+	}
+	defer done()
+	b.say("%s: %d rounds", readRow(tcp), b.cfg.rounds)
+	if _, err := b.readLoop(ctx, 99, len(data), r.readObject(ctx)); err != nil { // heads are read once
+		return err
+	}
+	counters := r.proxy.Counters()
+	fromDisk, err := r.diskBytes(ctx)
+	if err != nil {
+		return err
+	}
+	fetched, asked := counters.FetchedBytes.Load(), counters.ReadBytes.Load()
+	for round := range b.cfg.rounds {
+		if err := r.dropCaches(); err != nil {
+			return err
+		}
+		mine, err := b.readLoop(ctx, uint64(round), len(data), r.readObject(ctx))
+		if err != nil {
+			return err
+		}
+		b.results.put(readRow(tcp), scoriaName, round, mine)
+		other, err := b.readLoop(ctx, uint64(round), len(data), bare)
+		if err != nil {
+			return err
+		}
+		b.results.put(readRow(tcp), bareName, round, other)
+	}
+	now, err := r.diskBytes(ctx)
+	if err != nil {
+		return err
+	}
+	total := float64(counters.ReadBytes.Load() - asked)
+	b.figure(readRow(tcp), "bytes fetched from storage daemons per byte asked"+over(tcp), float64(counters.FetchedBytes.Load()-fetched)/total, "×", 1)
+	b.figure(readRow(tcp), "bytes that these read from their disks per byte asked"+over(tcp), float64(now-fromDisk)/total, "×", 1)
+	return nil
+}
+
+// bareReads returns a function that reads 4 KiB directly from a file, behind a round
+// trip if asked.
+func (b *bench) bareReads(dir string, tcp bool, data []byte) (read func(int, []byte, int64) error, done func(), err error) {
+	name := filepath.Join(dir, "bare")
+	for range readObjects {
+		f, err := os.OpenFile(name, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		if err != nil {
+			return nil, nil, err
+		}
+		_, err = f.Write(data)
+		if serr := f.Sync(); err == nil {
+			err = serr
+		}
+		f.Close()
+		if err != nil {
+			return nil, nil, err
+		}
+	}
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil { // tmpfs, for one, has no direct I/O
+		if f, err = os.Open(name); err != nil {
+			return nil, nil, err
+		}
+	}
+	if !tcp {
+		return func(object int, p []byte, off int64) error {
+			_, err := f.ReadAt(p, int64(object)*int64(len(data))+off)
+			return err
+		}, func() { f.Close() }, nil
+	}
+	ln, err := bareServer(f)
+	if err != nil {
+		f.Close()
+		return nil, nil, err
+	}
+	c, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		ln.Close()
+		f.Close()
+		return nil, nil, err
+	}
+	return func(object int, p []byte, off int64) error {
+		var q [64]byte
+		at := uint64(object)*uint64(len(data)) + uint64(off)
+		for i := range 8 {
+			q[i] = byte(at >> (8 * i))
+		}
+		if _, err := c.Write(q[:]); err != nil {
+			return err
+		}
+		return readFull(c, p)
+	}, func() { c.Close(); ln.Close(); f.Close() }, nil
+}
+
+// measureEncryptedReads says what encryption adds to what is read.
+func (b *bench) measureEncryptedReads(ctx context.Context, data []byte) error {
+	r, err := b.newObjectRig(ctx, objectDevices, alba.Policy{K: 4, M: 2, C: 6, X: 1}, alba.EncryptAES256GCM, false)
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	if err := storedObjects(ctx, r, data); err != nil {
+		return err
+	}
+	b.say("objects-encrypted: reads")
+	if _, err := b.readLoop(ctx, 99, len(data), r.readObject(ctx)); err != nil {
+		return err
+	}
+	counters := r.proxy.Counters()
+	before, err := r.diskBytes(ctx)
+	if err != nil {
+		return err
+	}
+	fetched, asked := counters.FetchedBytes.Load(), counters.ReadBytes.Load()
+	if _, err := b.readLoop(ctx, 1, len(data), r.readObject(ctx)); err != nil {
+		return err
+	}
+	after, err := r.diskBytes(ctx)
+	if err != nil {
+		return err
+	}
+	total := float64(counters.ReadBytes.Load() - asked)
+	b.figure(rowObjects+"-encrypted", "with encryption: bytes fetched per byte asked", float64(counters.FetchedBytes.Load()-fetched)/total, "×", 1.1)
+	b.figure(rowObjects+"-encrypted", "with encryption: bytes read from disks per byte asked", float64(after-before)/total, "×", 1.1)
+	return nil
+}
+
+// slowDisk is how late a slow device answers.
+const slowDisk = 200 * time.Millisecond
+
+// measureDegraded reads with all devices, with one that answers late, and without it.
+func (b *bench) measureDegraded(ctx context.Context, data []byte) error {
+	r, err := b.newObjectRig(ctx, objectDevices, alba.Policy{K: 4, M: 2, C: 6, X: 1}, alba.EncryptNone, false)
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	if err := storedObjects(ctx, r, data); err != nil {
+		return err
+	}
+	b.say("objects-degraded: reads with a device slow, and missing")
+	bad, _ := r.device(0)
+	for _, state := range []struct {
+		title string
+		set   func()
+	}{
+		{"all devices", func() {}},
+		{fmt.Sprintf("one of 6 devices %v late", slowDisk), func() { bad.delay.Store(int64(slowDisk)) }},
+		{"one of 6 devices missing", func() { bad.delay.Store(0); bad.down.Store(true) }},
+	} {
+		state.set()
+		counters := r.proxy.Counters()
+		fetched, asked := counters.FetchedBytes.Load(), counters.ReadBytes.Load()
+		res, err := b.readLoop(ctx, 5, len(data), r.readObject(ctx))
+		if err != nil {
+			return err
+		}
+		row := rowObjects + "-degraded"
+		b.figure(row, "4 KiB read, 4+2, "+state.title+", p50", p50(&res), "µs", 0)
+		b.figure(row, "the same, p99", float64(res.P99)/1e3, "µs", 0)
+		b.figure(row, "the same, p99.9", p999(&res), "µs", 0)
+		b.figure(row, "the same, bytes fetched per byte asked", float64(counters.FetchedBytes.Load()-fetched)/float64(counters.ReadBytes.Load()-asked), "×", 0)
+	}
+	return nil
+}
+
+// measureRepair removes a device and rebuilds what it held on a spare one.
+func (b *bench) measureRepair(ctx context.Context, data []byte) error {
+	pol := alba.Policy{K: 4, M: 2, C: 6, X: 1}
+	r, err := b.newObjectRig(ctx, objectDevices+1, pol, alba.EncryptNone, false)
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	if err := storedObjects(ctx, r, data); err != nil {
+		return err
+	}
+	b.say("objects-repair")
+	gone, id, err := r.holder(ctx)
+	if err != nil {
+		return err
+	}
+	gone.down.Store(true)
+	var before int64
+	for _, c := range r.clients {
+		before += c.bytes.Load()
+	}
+	start := time.Now()
+	report, err := r.repairOne(ctx, id)
+	if err != nil {
+		return err
+	}
+	took := time.Since(start)
+	read := -before
+	for _, c := range r.clients {
+		read += c.bytes.Load()
+	}
+	row := rowObjects + "-repair"
+	b.figure(row, "repair of a lost device, 4+2: bytes read per byte rebuilt", float64(read)/float64(report.Bytes), "×", float64(pol.K))
+	b.figure(row, "the same, bytes rebuilt", float64(report.Bytes)/took.Seconds()/1e6, "MB/s", 0)
+	return nil
+}
+
+// holder finds a device that holds something.
+func (r *objectRig) holder(ctx context.Context) (*benchClient, string, error) {
+	for i := range r.proxy.Fleet().Members() {
+		c, id := r.device(i)
+		st, err := c.disk.Stats(ctx)
+		if err != nil {
+			return nil, "", err
+		}
+		if st.Bytes > 1<<20 {
+			return c, id, nil
+		}
+	}
+	return nil, "", fmt.Errorf("no device holds anything")
+}
