@@ -50,3 +50,48 @@ type Registry interface {
 	// channel closed too; it starts anew.
 	Watch(ctx context.Context, prefix string, from int64) (<-chan Event, error)
 }
+
+// Pager is implemented by registries that can list a prefix in parts, so that
+// whoever goes through a million objects holds a few hundred of them.
+type Pager interface {
+	// Page returns up to limit keys with the prefix that come behind after ("" for the
+	// first), in order, and whether there are more.
+	Page(ctx context.Context, prefix, after string, limit int) (kvs []KV, more bool, err error)
+}
+
+// pageKeys is how many keys Each asks for at a time.
+const pageKeys = 500
+
+// Each calls fn with every key that has the prefix, in order, until fn fails. With a
+// Pager the keys are those of no single moment: one that comes or goes meanwhile may
+// be among them or not.
+func Each(ctx context.Context, r Registry, prefix string, fn func(KV) error) error {
+	pager, ok := r.(Pager)
+	if !ok {
+		kvs, err := r.List(ctx, prefix)
+		if err != nil {
+			return err
+		}
+		return eachOf(kvs, fn)
+	}
+	after := ""
+	for {
+		kvs, more, err := pager.Page(ctx, prefix, after, pageKeys)
+		if err != nil {
+			return err
+		}
+		if err := eachOf(kvs, fn); err != nil || !more || len(kvs) == 0 {
+			return err
+		}
+		after = kvs[len(kvs)-1].Key
+	}
+}
+
+func eachOf(kvs []KV, fn func(KV) error) error {
+	for _, kv := range kvs {
+		if err := fn(kv); err != nil {
+			return err
+		}
+	}
+	return nil
+}

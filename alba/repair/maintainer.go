@@ -20,6 +20,7 @@ const (
 	defaultDownAfter   = 10 * time.Minute
 	defaultIntentAge   = 15 * time.Minute
 	defaultOrphanEvery = time.Hour
+	maxTasks           = 10_000           // of one pass
 	fullPass           = 10 * time.Minute // all objects are looked at that often, whatever happens
 )
 
@@ -143,13 +144,19 @@ func (m *Maintainer) repairLoop(ctx context.Context) {
 		if !left && now == seen && m.o.Faults.Empty() && time.Since(last) < fullPass {
 			return nil
 		}
+		// With the same devices as at the last look at all objects, only those that
+		// faults were reported of can need something.
+		all := left || now != seen || time.Since(last) >= fullPass
 		var report Report
 		err := m.job(ctx, JobRepair, true, func(ctx context.Context, r *run) error {
 			var err error
-			report, err = m.pass(ctx, r)
+			report, err = m.pass(ctx, r, all)
 			return err
 		})
-		seen, last, left = now, time.Now(), err != nil || report.Left > 0
+		left = err != nil || report.Left > 0
+		if all {
+			seen, last = now, time.Now()
+		}
 		return err
 	})
 }
@@ -198,21 +205,20 @@ func (m *Maintainer) Pass(ctx context.Context) (Report, error) {
 	var report Report
 	err := m.job(ctx, JobRepair, true, func(ctx context.Context, r *run) error {
 		var err error
-		report, err = m.pass(ctx, r)
+		report, err = m.pass(ctx, r, true)
 		return err
 	})
 	return report, err
 }
 
-func (m *Maintainer) pass(ctx context.Context, r *run) (Report, error) {
+func (m *Maintainer) pass(ctx context.Context, r *run, all bool) (Report, error) {
 	faults := m.o.Faults.take()
-	report, tasks, err := m.survey(ctx, faults)
+	report, tasks, err := m.survey(ctx, faults, all)
 	if err != nil {
 		m.o.Faults.putBack(faults)
 		return report, err
 	}
-	order(tasks)
-	r.job.Done, r.job.Total, r.job.Problems = 0, int64(len(tasks)), 0
+	r.job.Done, r.job.Total, r.job.Problems = 0, int64(len(tasks)+report.Left), 0
 	if err := r.save(ctx, true); err != nil {
 		m.o.Faults.putBack(faults)
 		return report, err
@@ -245,8 +251,10 @@ func (m *Maintainer) pass(ctx context.Context, r *run) (Report, error) {
 	return report, nil
 }
 
-// survey lists the objects that need something.
-func (m *Maintainer) survey(ctx context.Context, faults []proxy.Fault) (Report, []task, error) {
+// survey lists the objects that need something: the riskiest maxTasks of them, and
+// Report.Left counts the others. With all it looks at every object, else only at
+// those that faults name.
+func (m *Maintainer) survey(ctx context.Context, faults []proxy.Fault, all bool) (Report, []task, error) {
 	var report Report
 	bad := map[[2]string][]proxy.Fault{}
 	for _, f := range faults {
@@ -256,7 +264,11 @@ func (m *Maintainer) survey(ctx context.Context, faults []proxy.Fault) (Report, 
 	presets := map[string]*alba.Preset{}
 	devices := m.p.Fleet().States(ctx)
 	var tasks []task
-	err := m.eachObject(ctx, func(man *alba.Manifest) error {
+	each := m.eachObject
+	if !all {
+		each = func(ctx context.Context, fn func(*alba.Manifest) error) error { return m.eachFaulty(ctx, faults, fn) }
+	}
+	err := each(ctx, func(man *alba.Manifest) error {
 		report.Objects++
 		t := task{namespace: man.Namespace, object: man.Object, Assessment: Assess(man, m.condition)}
 		for _, f := range bad[[2]string{man.Namespace, man.Object}] {
@@ -273,8 +285,19 @@ func (m *Maintainer) survey(ctx context.Context, faults []proxy.Fault) (Report, 
 		if t.Needs() || len(t.bad) > 0 || t.upgrade {
 			tasks = append(tasks, t)
 		}
+		if len(tasks) >= 2*maxTasks {
+			order(tasks)
+			report.Left += len(tasks) - maxTasks
+			clear(tasks[maxTasks:])
+			tasks = tasks[:maxTasks]
+		}
 		return nil
 	})
+	order(tasks)
+	if len(tasks) > maxTasks {
+		report.Left += len(tasks) - maxTasks
+		tasks = tasks[:maxTasks]
+	}
 	return report, tasks, err
 }
 
@@ -305,18 +328,53 @@ func (m *Maintainer) eachObject(ctx context.Context, fn func(man *alba.Manifest)
 		if err != nil {
 			return fmt.Errorf("%s: %w", kv.Key, err)
 		}
-		kvs, err := m.reg.List(ctx, alba.ObjectKey(n.ID, ""))
-		if err != nil {
-			return err
-		}
-		for _, kv := range kvs {
+		err = alba.Each(ctx, m.reg, alba.ObjectKey(n.ID, ""), func(kv alba.KV) error {
 			man, err := alba.DecodeManifest(kv.Value)
 			if err != nil {
 				return fmt.Errorf("%s: %w", kv.Key, err)
 			}
-			if err := fn(man); err != nil {
-				return err
-			}
+			return fn(man)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// eachFaulty calls fn with the manifests of the objects that faults name.
+func (m *Maintainer) eachFaulty(ctx context.Context, faults []proxy.Fault, fn func(man *alba.Manifest) error) error {
+	seen := map[[2]string]bool{}
+	for _, f := range faults {
+		key := [2]string{f.Namespace, f.Object}
+		if seen[key] {
+			continue
+		}
+		seen[key] = true
+		kv, ok, err := m.reg.Get(ctx, alba.NamespaceKey(f.Namespace))
+		if err != nil {
+			return err
+		}
+		if !ok {
+			continue // deleted meanwhile
+		}
+		n, err := alba.Decode[alba.Namespace](kv.Value)
+		if err != nil {
+			return fmt.Errorf("%s: %w", kv.Key, err)
+		}
+		kv, ok, err = m.reg.Get(ctx, alba.ObjectKey(n.ID, f.Object))
+		if err != nil {
+			return err
+		}
+		if !ok {
+			continue
+		}
+		man, err := alba.DecodeManifest(kv.Value)
+		if err != nil {
+			return fmt.Errorf("%s: %w", kv.Key, err)
+		}
+		if err := fn(man); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -103,6 +103,29 @@ func (r AlbaRegistry) List(ctx context.Context, prefix string) ([]alba.KV, error
 	return list, err
 }
 
+// pager is what the embedded registry can do besides.
+type pager interface {
+	Page(ctx context.Context, prefix, after string, limit int) ([]registry.KV, bool, error)
+}
+
+// Page implements alba.Pager: all at once where the registry knows no parts.
+func (r AlbaRegistry) Page(ctx context.Context, prefix, after string, limit int) ([]alba.KV, bool, error) {
+	p, ok := r.Store.(pager)
+	if !ok {
+		list, err := r.List(ctx, prefix)
+		for len(list) > 0 && list[0].Key <= after {
+			list = list[1:]
+		}
+		return list, false, err
+	}
+	kvs, more, err := p.Page(ctx, prefix, after, limit)
+	list := make([]alba.KV, len(kvs))
+	for i, kv := range kvs {
+		list[i] = alba.KV(kv)
+	}
+	return list, more, err
+}
+
 // Commit implements alba.Registry.
 func (r AlbaRegistry) Commit(ctx context.Context, compares []alba.Compare, writes []alba.Write) (int64, error) {
 	cs := make([]registry.Compare, len(compares))

@@ -274,6 +274,46 @@ func (s *Embedded) List(ctx context.Context, prefix string) ([]KV, error) {
 	return s.list(prefix)
 }
 
+// Page is List in parts: up to limit keys with the prefix that come behind after, and
+// whether there are more.
+func (s *Embedded) Page(ctx context.Context, prefix, after string, limit int) (kvs []KV, more bool, err error) {
+	if err := ctx.Err(); err != nil {
+		return nil, false, err
+	}
+	if limit < 1 {
+		return nil, false, fmt.Errorf("page of %d keys: must be at least 1", limit)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, false, ErrClosed
+	}
+	from := keyPrefix + max(prefix, after)
+	var bad error
+	err = s.db.View(func(tx *buntdb.Tx) error {
+		return tx.AscendGreaterOrEqual("", from, func(k, raw string) bool {
+			key := strings.TrimPrefix(k, keyPrefix)
+			switch {
+			case after != "" && key <= after:
+				return true
+			case !strings.HasPrefix(key, prefix):
+				return false
+			case len(kvs) == limit:
+				more = true
+				return false
+			}
+			kv := KV{Key: key}
+			kv.Revision, kv.Value, bad = decodeValue(k, []byte(raw))
+			kvs = append(kvs, kv)
+			return bad == nil
+		})
+	})
+	if err = errors.Join(err, bad); err != nil {
+		return nil, false, err
+	}
+	return kvs, more, nil
+}
+
 func (s *Embedded) list(prefix string) ([]KV, error) {
 	var kvs []KV
 	var bad error
