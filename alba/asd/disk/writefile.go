@@ -9,8 +9,9 @@ import (
 )
 
 const (
-	// partBytes is the size of one direct write, partsAtOnce are under way
-	// together: enough to keep a disk busy that is fast in parallel only.
+	// partBytes is the size of one direct write, of which partsAtOnce of one file are
+	// under way together: more than one was no faster, since uploads write several
+	// files at once.
 	partBytes   = 1 << 20
 	partsAtOnce = 1
 )
