@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"scoria/alba/asd"
 	"scoria/alba/asd/remote"
 )
@@ -262,6 +264,8 @@ func TestStopAndContinue(t *testing.T) {
 	put := []asd.Update{asd.Put("key", asd.NewValue([]byte("value")))}
 	must(t, p.client.Apply(within(t), nil, put, asd.PriorityGuest))
 	must(t, p.cmd.Process.Signal(syscall.SIGSTOP))
+	// The signal stops thread by thread: until the last one has, answers may come.
+	must(t, unix.Waitid(unix.P_PID, p.cmd.Process.Pid, nil, unix.WSTOPPED|unix.WNOWAIT, nil))
 	_, err := p.client.Get(within(t), "key", asd.PriorityGuest)
 	if !errors.Is(err, asd.ErrUnavailable) {
 		t.Fatal(err)
