@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"testing"
 	"time"
+
+	"github.com/google/uuid"
 )
 
 // HoldCheck keeps SCOs from being deleted, as a check does, until release.
@@ -192,4 +194,10 @@ func TestUsers(t *testing.T) {
 	case <-ctx.Done():
 		t.Fatal("not shut although nobody is inside")
 	}
+}
+
+// LookAtSnapshot does what the last look at a SCO does with a snapshot, until done.
+func (v *Volume) LookAtSnapshot(ctx context.Context, id uuid.UUID) (done func(), err error) {
+	_, done, err = v.lookAtSnapshot(ctx, id)
+	return done, err
 }

@@ -57,6 +57,7 @@ var (
 type snapshotState struct {
 	Snapshot
 	refs   int // views
+	looks  int // of the housekeeper, which may be deleted under it
 	clones int // open ones that build on it
 
 	// alone is how many clusters only this snapshot reaches, if known.
@@ -64,7 +65,7 @@ type snapshotState struct {
 	aloneKnown bool
 
 	mu sync.Mutex // before metaMu
-	m  *lba.Map   // while refs > 0
+	m  *lba.Map   // while refs or looks > 0
 }
 
 // newestSnapshot is the last snapshot, or what stands before the first one.

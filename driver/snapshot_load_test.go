@@ -273,3 +273,27 @@ func TestDeepChain(t *testing.T) {
 	}
 	r.close()
 }
+
+// TestDeleteSnapshotUnderTheHousekeeper: the daemon's own look at a snapshot does not
+// make it one in use.
+func TestDeleteSnapshotUnderTheHousekeeper(t *testing.T) {
+	w := newWorld(t, rand.New(rand.NewPCG(3, 1)), 4<<20, 1<<20, 8<<20)
+	ctx := context.Background()
+	if err := w.write(0, 8*cluster, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.snapshot(); err != nil {
+		t.Fatal(err)
+	}
+	done, err := w.vol.LookAtSnapshot(ctx, w.shots[0].ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = w.vol.DeleteSnapshot(ctx, w.shots[0].ID)
+	done()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.shots = nil
+	w.verifySpace()
+}

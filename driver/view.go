@@ -13,6 +13,16 @@ import (
 
 // holdSnapshot keeps a snapshot from being deleted and its map loaded until release.
 func (v *Volume) holdSnapshot(ctx context.Context, id uuid.UUID) (s *snapshotState, release func(), err error) {
+	return v.keepMap(ctx, id, func(s *snapshotState) *int { return &s.refs })
+}
+
+// lookAtSnapshot keeps a snapshot's map loaded until release, and lets it be deleted:
+// pages may then be gone. The daemon's own work must not stand in an operator's way.
+func (v *Volume) lookAtSnapshot(ctx context.Context, id uuid.UUID) (s *snapshotState, release func(), err error) {
+	return v.keepMap(ctx, id, func(s *snapshotState) *int { return &s.looks })
+}
+
+func (v *Volume) keepMap(ctx context.Context, id uuid.UUID, users func(*snapshotState) *int) (s *snapshotState, release func(), err error) {
 	v.metaMu.Lock()
 	i := v.findSnapshot(id)
 	if i < 0 {
@@ -20,26 +30,27 @@ func (v *Volume) holdSnapshot(ctx context.Context, id uuid.UUID) (s *snapshotSta
 		return nil, nil, fmt.Errorf("volume %s: snapshot %s: %w", v.cfg.Name, id, ErrNoSnapshot)
 	}
 	s = v.snaps[i]
-	s.refs++
+	*users(s)++
 	v.metaMu.Unlock()
 	s.mu.Lock()
 	if s.m == nil {
 		s.m, err = v.loadSnapshotMap(ctx, &s.Snapshot)
 	}
 	s.mu.Unlock()
+	release = func() { v.releaseSnapshot(s, users(s)) }
 	if err != nil {
-		v.releaseSnapshot(s)
+		release()
 		return nil, nil, err
 	}
-	return s, func() { v.releaseSnapshot(s) }, nil
+	return s, release, nil
 }
 
-func (v *Volume) releaseSnapshot(s *snapshotState) {
+func (v *Volume) releaseSnapshot(s *snapshotState, users *int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	v.metaMu.Lock()
-	s.refs--
-	last := s.refs == 0
+	*users--
+	last := s.refs+s.looks == 0
 	v.metaMu.Unlock()
 	if last && s.m != nil {
 		s.m.Close()
@@ -168,22 +179,37 @@ func (w *View) Submit(batch []*block.Request) {
 }
 
 // anyInSnapshot is the last look at a SCO from the side of the snapshots: only the
-// first one that is not older than it can reach it.
+// first one that is not older than it can reach it. If that is deleted meanwhile, the
+// next one counts.
 func (v *Volume) anyInSnapshot(ctx context.Context, m *scoMeta) (bool, error) {
-	v.metaMu.Lock()
-	pin := v.pins[m.number]
-	var id uuid.UUID
-	for _, s := range v.snaps {
-		if s.SCO >= m.number {
-			id = s.ID
-			break
+	for {
+		v.metaMu.Lock()
+		pin := v.pins[m.number]
+		var id uuid.UUID
+		for _, s := range v.snaps {
+			if s.SCO >= m.number {
+				id = s.ID
+				break
+			}
+		}
+		v.metaMu.Unlock()
+		if pin > 0 || id == uuid.Nil {
+			return pin > 0, nil
+		}
+		found, err := v.inSnapshot(ctx, m, id)
+		v.metaMu.Lock()
+		still := v.findSnapshot(id) >= 0
+		v.metaMu.Unlock()
+		if still || ctx.Err() != nil {
+			return found, err
 		}
 	}
-	v.metaMu.Unlock()
-	if pin > 0 || id == uuid.Nil {
-		return pin > 0, nil
-	}
-	s, release, err := v.holdSnapshot(ctx, id)
+}
+
+// inSnapshot reports whether a snapshot refers to a SCO that counts as empty, and
+// corrects what pins it.
+func (v *Volume) inSnapshot(ctx context.Context, m *scoMeta, id uuid.UUID) (bool, error) {
+	s, release, err := v.lookAtSnapshot(ctx, id)
 	if err != nil {
 		return false, err
 	}
@@ -201,15 +227,21 @@ func (v *Volume) anyInSnapshot(ctx context.Context, m *scoMeta) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		if loc == lba.MakeLocation(m.number, r.Cluster) {
-			v.metaMu.Lock()
+		if loc != lba.MakeLocation(m.number, r.Cluster) {
+			continue
+		}
+		v.metaMu.Lock()
+		still := v.findSnapshot(id) >= 0
+		if still {
 			v.pins[m.number]++
 			m.doomed, m.unwanted = false, false
-			v.metaMu.Unlock()
+		}
+		v.metaMu.Unlock()
+		if still {
 			v.kickUpload()
 			v.raise("accounting", "SCO %d counted as empty but snapshot %s has cluster %d in it; it is kept", m.number, s.Name, r.LBA)
-			return true, nil
 		}
+		return still, nil
 	}
 	return false, nil
 }

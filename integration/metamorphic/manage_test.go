@@ -159,7 +159,7 @@ func (r *run) unsnapshot(o op) error {
 	if s == nil {
 		gone = func(*model) {}
 	}
-	err := r.manageIdle(o.Kind, func(ctx context.Context, c *control.Client) error { return c.DeleteSnapshot(ctx, v.name, o.Snap) }, gone)
+	err := r.manage(o.Kind, func(ctx context.Context, c *control.Client) error { return c.DeleteSnapshot(ctx, v.name, o.Snap) }, gone)
 	if s == nil {
 		return r.refused(o.Kind, err, control.CodeNotFound)
 	}
@@ -221,7 +221,7 @@ func (r *run) rollback(o op) error {
 		v.snaps = slices.Clone(v.snaps[:i+1])
 		v.settle()
 	}
-	err := r.manageIdle(o.Kind, func(ctx context.Context, c *control.Client) error {
+	err := r.manage(o.Kind, func(ctx context.Context, c *control.Client) error {
 		_, err := c.Rollback(ctx, v.name, o.Snap, o.has("force"))
 		return err
 	}, back)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -178,18 +177,6 @@ func (r *run) call(what string, fn func(ctx context.Context) error) error {
 func (r *run) manage(what string, fn func(ctx context.Context, c *control.Client) error, alternatives ...func(*model)) error {
 	r.alternatives = alternatives
 	return r.call(what, func(ctx context.Context) error { return fn(ctx, r.w.life.client) })
-}
-
-// manageIdle is manage for what needs that nobody reads the volume's snapshots: the
-// daemon itself does so for moments (when it compacts what they reach), and says then
-// that they are being read.
-func (r *run) manageIdle(what string, fn func(ctx context.Context, c *control.Client) error, alternatives ...func(*model)) error {
-	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
-		err := r.manage(what, fn, alternatives...)
-		if control.CodeOf(err) != control.CodeInUse || !strings.Contains(err.Error(), "being read") || r.w.life.died() || time.Now().After(end) {
-			return err
-		}
-	}
 }
 
 // ask is manage for what changes nothing.
