@@ -151,6 +151,42 @@ func TestP5DamagedTable(t *testing.T) {
 	}
 }
 
+// TestMissingTable: a table of the key-value store that is gone is found by Verify,
+// which takes none for gone that compaction has removed.
+func TestMissingTable(t *testing.T) {
+	fsys := vfs.NewMem()
+	d := open(t, fsys, "/asd", testOptions)
+	defer d.Close()
+	put := func(i int) {
+		must(t, d.Apply(background, nil, []asd.Update{asd.Put(fmt.Sprint("key-", i), asd.NewValue(make([]byte, 500)))}, guest))
+	}
+	put(0)
+	must(t, d.db.Flush())
+	_, name := largestTable(t, fsys)
+	compacted := false
+	fsys.SetHook(func(op vfs.Op, file string) error {
+		if op == vfs.OpOpen && file == name && !compacted {
+			compacted = true
+			if err := d.db.Compact(background, []byte{0}, []byte{255}, false); err != nil {
+				t.Error(err)
+			}
+		}
+		return nil
+	})
+	put(1)
+	must(t, d.db.Flush())
+	res, err := asd.VerifyAll(background, d, asd.VerifyOptions{})
+	fsys.SetHook(nil)
+	if err != nil || len(res.Bad) > 0 || !compacted {
+		t.Fatalf("compacted meanwhile (%v): %+v, %v", compacted, res, err)
+	}
+	_, name = largestTable(t, fsys)
+	must(t, fsys.Remove(name))
+	if res, err = asd.VerifyAll(background, d, asd.VerifyOptions{}); err != nil || len(res.Bad) == 0 {
+		t.Fatalf("%s is gone: verify says %+v, %v", name, res, err)
+	}
+}
+
 func largestTable(t *testing.T, fsys vfs.FS) (size int64, name string) {
 	t.Helper()
 	names, err := fsys.List("/asd/kv")

@@ -215,18 +215,11 @@ func (v *verifier) bad(key string, err error) {
 
 // tables checks the sorted tables of the key-value store from a name on.
 func (v *verifier) tables(ctx context.Context, from string) error {
-	levels, err := v.d.db.SSTables()
+	names, err := v.d.tableNames()
 	if err != nil {
-		return fmt.Errorf("list the key-value store's files: %w", kvError(err))
+		return err
 	}
-	var names []string
-	for _, level := range levels {
-		for _, t := range level {
-			names = append(names, t.BackingSSTNum.String()+".sst")
-		}
-	}
-	slices.Sort(names)
-	for _, name := range slices.Compact(names) {
+	for _, name := range names {
 		if name < from {
 			continue
 		}
@@ -240,6 +233,16 @@ func (v *verifier) tables(ctx context.Context, from string) error {
 		size, err := v.d.verifyTable(ctx, path.Join(v.d.dir, "kv", name))
 		v.d.gate.release(asd.PriorityRepair)
 		v.res.Bytes += size
+		if isNotExist(err) {
+			// Compaction may have removed it; then it is not listed any more.
+			now, lerr := v.d.tableNames()
+			if lerr != nil {
+				return lerr
+			}
+			if !slices.Contains(now, name) {
+				continue
+			}
+		}
 		if err != nil {
 			v.d.n.corruptBlocks.Add(1)
 			v.d.setDamaged(name + ": " + err.Error())
@@ -250,22 +253,31 @@ func (v *verifier) tables(ctx context.Context, from string) error {
 	return nil
 }
 
-// verifyTable reads a sorted table from the disk. One that compaction has
-// removed meanwhile is fine.
+// tableNames lists the files of the sorted tables that the key-value store consists of.
+func (d *Disk) tableNames() ([]string, error) {
+	levels, err := d.db.SSTables()
+	if err != nil {
+		return nil, fmt.Errorf("list the key-value store's files: %w", kvError(err))
+	}
+	var names []string
+	for _, level := range levels {
+		for _, t := range level {
+			names = append(names, t.BackingSSTNum.String()+".sst")
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names), nil
+}
+
+// verifyTable reads a sorted table from the disk.
 func (d *Disk) verifyTable(ctx context.Context, name string) (size int64, err error) {
 	f, err := kvFS{d.fs}.Open(name)
-	if isNotExist(err) {
-		return 0, nil
-	}
 	if err != nil {
 		return 0, kvError(err)
 	}
 	info, err := f.Stat()
 	if err != nil {
 		_ = f.Close()
-		if isNotExist(err) {
-			return 0, nil
-		}
 		return 0, kvError(err)
 	}
 	_ = f.(*kvFile).DropCache(0, info.Size())
