@@ -1,7 +1,9 @@
 package integration
 
 import (
+	"bytes"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -153,4 +155,55 @@ func (e *env) same(file, uri string) {
 	out := filepath.Join(scratch(e.T, false), "read")
 	e.run("nbdcopy", uri, out)
 	e.run("cmp", "-n", fmt.Sprint(info.Size()), file, out)
+}
+
+// TestP10LostRegistry: with the registry lost the daemon says what to do, and that
+// brings a volume, its snapshot and its clone back as they were.
+func TestP10LostRegistry(t *testing.T) {
+	e := start(t)
+	e.must(e.Create(e.ctx, "v", "64M"))
+	raw := filepath.Join(scratch(t, false), "content")
+	content := make([]byte, 64<<20)
+	rng := rand.NewChaCha8([32]byte{4})
+	rng.Read(content[:24<<20])
+	e.must(os.WriteFile(raw, content, 0o600))
+	e.run("nbdcopy", "--flush", raw, e.NBD("v"))
+	e.ok(e.CLI(e.ctx, "snapshot", "create", "v@s"))
+	e.ok(e.CLI(e.ctx, "volume", "clone", "v@s", "c"))
+	e.ok(e.CLI(e.ctx, "volume", "limit", "v", "--write-iops", "100000"))
+	var before control.Volume
+	e.must(e.CLIJSON(e.ctx, &before, "volume", "show", "v"))
+	rebuild := []string{"backend", "rebuild-registry", "--data-dir", e.DataDir}
+	_, err := e.CLI(e.ctx, rebuild...)
+	e.refused(err, "another scoriad uses it")
+	e.must(e.Stop(e.ctx))
+	_, err = e.CLI(e.ctx, rebuild...)
+	e.refused(err, "--force")
+
+	e.must(os.Remove(filepath.Join(e.DataDir, "registry.db")))
+	if err := e.Start(e.ctx); err == nil {
+		t.Fatal("the daemon starts without its registry")
+	}
+	if log := bed.Tail(e.LogFile(), 20); !strings.Contains(log, "scoria backend rebuild-registry --data-dir "+e.DataDir) {
+		t.Fatalf("the log does not say what to do:\n%s", log)
+	}
+	e.ok(e.CLI(e.ctx, rebuild...))
+	e.restart()
+	var after control.Volume
+	e.must(e.CLIJSON(e.ctx, &after, "volume", "show", "v"))
+	if after.ID != before.ID || after.Size != before.Size || after.Serial != before.Serial {
+		t.Fatalf("volume %+v, was %+v", after, before)
+	}
+	for _, name := range []string{"v", "c", "v@s"} {
+		got, err := os.ReadFile(e.export(name))
+		e.must(err)
+		if !bytes.Equal(got, content) {
+			t.Fatalf("%s differs", name)
+		}
+	}
+	var limits control.Limits
+	e.must(e.CLIJSON(e.ctx, &limits, "volume", "limit", "v"))
+	if limits.Own.WriteIOPS == nil || *limits.Own.WriteIOPS != 100_000 {
+		t.Fatalf("limits %+v", limits)
+	}
 }

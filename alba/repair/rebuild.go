@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -26,6 +27,9 @@ type Rebuilt struct {
 	// which a later or better upload was taken, Problems all that could not be read.
 	// As long as a device is missing, Lost may be what was never completed.
 	Lost, Superseded, Problems []string
+	// Missing are the IDs of devices that were not read and have shards of the objects
+	// taken, or had them before these were moved to another one that was not read. What they alone have is not found, nor that it was there.
+	Missing []string
 }
 
 // found is one upload as the devices have it.
@@ -351,8 +355,14 @@ func (b *rebuild) commit(ctx context.Context) error {
 		b.report.Presets++
 		writes = append(writes, alba.Write{Key: alba.PresetKey(ps.Name), Value: alba.Encode(ps)})
 	}
+	missing := map[string]bool{}
 	for _, f := range b.chosen() {
 		man := f.man.Clone()
+		for i, d := range man.Shards {
+			if d != "" && f.shards[i] == "" && !slices.ContainsFunc(b.devices, func(have alba.Device) bool { return have.ID == d }) {
+				missing[d] = true
+			}
+		}
 		man.Shards = f.shards
 		man.Generation++
 		b.report.Objects++
@@ -367,6 +377,7 @@ func (b *rebuild) commit(ctx context.Context) error {
 		b.report.Devices++
 		writes = append(writes, alba.Write{Key: alba.DeviceKey(d.ID), Value: alba.Encode(d)})
 	}
+	b.report.Missing = slices.Sorted(maps.Keys(missing))
 	for len(writes) > 0 {
 		part := writes[:min(len(writes), alba.MaxCommitWrites)]
 		writes = writes[len(part):]

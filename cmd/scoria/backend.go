@@ -189,7 +189,7 @@ func (a *app) backendCommand() *cobra.Command {
 	return group("backend", "Show how safe the object store is, and its maintenance", a.backendStatus(),
 		a.maintenance("repair", "Rebuild what disks lost, empty those that are drained, upgrade objects; always on unless stopped"),
 		a.maintenance("verify", "Read everything and repair what is bad"),
-		a.maintenance("rebalance", "Move parts of objects from full disks to empty ones"))
+		a.maintenance("rebalance", "Move parts of objects from full disks to empty ones"), a.rebuildRegistry())
 }
 
 func (a *app) backendStatus() *cobra.Command {

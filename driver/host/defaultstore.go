@@ -85,8 +85,8 @@ func (o *objectStore) prepareDefault(ctx context.Context) error {
 	if len(o.proxy.Fleet().Members()) == 0 {
 		_, err := o.add(ctx, control.AddASD{Address: embeddedDir(o.config.DataDir)})
 		if control.CodeOf(err) == control.CodeInUse { // proxy.ErrForeign
-			return control.Errorf(control.CodeInvalid, "%s holds volumes' data that this registry knows nothing of: if registry.db was lost, put one back from a backup; the data was not changed (%v)",
-				embeddedDir(o.config.DataDir), err)
+			return control.Errorf(control.CodeInvalid, "%s holds volumes' data that this registry knows nothing of: if registry.db was lost, `scoria backend rebuild-registry --data-dir %s` makes it anew, or put one back from a backup; the data was not changed (%v)",
+				embeddedDir(o.config.DataDir), o.config.DataDir, err)
 		}
 		if err != nil {
 			return err

@@ -155,7 +155,7 @@ func TestP10LostRegistryIsNotReplaced(t *testing.T) {
 		stopHost(t, h)
 		t.Fatal("the daemon starts with an empty registry")
 	}
-	if !strings.Contains(err.Error(), "registry.db") {
+	if !strings.Contains(err.Error(), "scoria backend rebuild-registry --data-dir "+c.DataDir) {
 		t.Fatalf("error %q does not say what to do", err)
 	}
 }

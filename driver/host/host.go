@@ -310,6 +310,7 @@ func (h *Host) serve(ctx context.Context) error {
 	h.startSchedules(ctx, schedules)
 	h.objects.guests.Store(newGuestLoad(h.engine.GuestWaits, time.Duration(h.config.Backend.RepairLatency), time.Now))
 	h.undoLater(h.objects.maintain(ctx))
+	h.undoLater(h.copyRecords(ctx))
 	return nil
 }
 

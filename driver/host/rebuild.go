@@ -1,0 +1,290 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"scoria/alba"
+	"scoria/alba/repair"
+	"scoria/alba/vfs"
+	"scoria/driver/control"
+	"scoria/driver/registry"
+)
+
+// RebuildRequest says from what a registry is rebuilt.
+type RebuildRequest struct {
+	// ASDs are the addresses of all storage daemons, directories or HOST:PORT; none: the
+	// one that the daemon makes in its data directory.
+	ASDs []string
+	// Force replaces a registry that has volumes or can't be read, and accepts that
+	// objects are lost and storage daemons missing.
+	Force bool
+	// Progress is told what is done; may be nil.
+	Progress func(text string)
+}
+
+// RebuildReport is what a rebuilt registry has and what was not found.
+type RebuildReport struct {
+	ASDs       int             `json:"asds"`
+	Presets    int             `json:"presets"`
+	Objects    int             `json:"objects"`
+	Pools      []string        `json:"pools"`
+	Volumes    []RebuiltVolume `json:"volumes"`
+	Missing    []string        `json:"missing_asds"` // IDs of storage daemons that have parts of objects and were not read
+	Lost       []string        `json:"lost"`         // objects of which too few parts were found
+	Superseded []string        `json:"superseded"`   // objects of which a later upload was taken
+	Problems   []string        `json:"problems"`
+	Previous   string          `json:"previous"` // where the registry is that was there before; empty: none was
+}
+
+// RebuiltVolume is a volume of a rebuilt registry.
+type RebuiltVolume struct {
+	Name string `json:"name"`
+	ID   string `json:"id"`
+	Size uint64 `json:"size"`
+	Note string `json:"note"` // what is not as it was, if known
+}
+
+// RebuildRegistry makes DATA/registry.db from what the storage daemons have (P10), with
+// the daemon stopped, whose lock it holds meanwhile. It may be repeated: the registry
+// is made under another name and takes its place at the end, whole and durable. On the
+// storage daemons only the epochs of the volumes are raised, so that an owner of
+// before can't write any more.
+//
+// Restored are presets, objects, volumes with their names, limits, schedules and what
+// they are clones of, and the pools that have volumes. Snapshots are found when the
+// volumes are opened, which the next start does. Volumes in the directory store and
+// snapshots' later names are not restored. Errors that are the operator's have a
+// control.Code.
+func RebuildRegistry(ctx context.Context, c Config, req RebuildRequest, log zerolog.Logger) (RebuildReport, error) {
+	r := &rebuilder{config: c, req: req, log: log, fs: vfs.OS(), report: RebuildReport{
+		Pools: []string{}, Volumes: []RebuiltVolume{}, Missing: []string{}, Lost: []string{}, Superseded: []string{}, Problems: []string{}}}
+	if r.req.Progress == nil {
+		r.req.Progress = func(string) {}
+	}
+	if _, err := os.Stat(c.DataDir); err != nil {
+		return r.report, control.Errorf(control.CodeNotFound, "data directory: %v", err)
+	}
+	lock, err := lockDir(ctx, r.fs, "data directory", c.DataDir)
+	if errors.Is(err, vfs.ErrLocked) {
+		return r.report, control.Errorf(control.CodeInUse, "%v", err)
+	}
+	if err != nil {
+		return r.report, err
+	}
+	return r.report, errors.Join(r.run(ctx), lock.Close())
+}
+
+// rebuilder is one call of RebuildRegistry. One goroutine.
+type rebuilder struct {
+	config Config
+	req    RebuildRequest
+	log    zerolog.Logger
+	fs     vfs.FS
+	node   string
+	report RebuildReport
+
+	reg     *registry.Embedded // the new one
+	objects *objectStore       // on it
+}
+
+func (r *rebuilder) say(format string, args ...any) { r.req.Progress(fmt.Sprintf(format, args...)) }
+
+func (r *rebuilder) problem(format string, args ...any) {
+	r.report.Problems = append(r.report.Problems, fmt.Sprintf(format, args...))
+}
+
+func (r *rebuilder) run(ctx context.Context) error {
+	final := filepath.Join(r.config.DataDir, "registry.db")
+	keep, err := r.examine(ctx, final)
+	if err != nil {
+		return err
+	}
+	devices, err := r.devices()
+	if err != nil {
+		return err
+	}
+	id, err := loadInstance(r.fs, r.config.DataDir)
+	if err != nil {
+		return err
+	}
+	r.node = id.ID
+	if err := id.save(r.fs, r.config.DataDir); err != nil {
+		return err
+	}
+	unfinished := final + ".rebuilding"
+	if err := os.Remove(unfinished); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := r.build(ctx, unfinished, devices); err != nil {
+		return errors.Join(err, os.Remove(unfinished))
+	}
+	return r.place(unfinished, final, keep)
+}
+
+// examine looks at the registry that is there; keep says that it has anything. Opening
+// a registry repairs it, so that this is done to a copy.
+func (r *rebuilder) examine(ctx context.Context, name string) (keep bool, err error) {
+	b, err := os.ReadFile(name)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && len(b) == 0 { // a start that was refused makes one
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	dir, err := os.MkdirTemp(r.config.DataDir, "examined-")
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	example := filepath.Join(dir, "registry.db")
+	if err := os.WriteFile(example, b, 0o600); err != nil {
+		return false, err
+	}
+	volumes, err := countVolumes(ctx, example)
+	switch {
+	case ctx.Err() != nil:
+		return false, ctx.Err()
+	case r.req.Force:
+	case err != nil:
+		return false, control.Errorf(control.CodeNeedsForce, "%s is there and can't be read: %v (--force keeps it under another name and makes a new one)", name, err)
+	case volumes > 0:
+		return false, control.Errorf(control.CodeNeedsForce, "%s is there and has %d volumes: start scoriad with it (--force keeps it under another name and makes a new one)", name, volumes)
+	}
+	return true, nil
+}
+
+// countVolumes opens a registry that has anything in it.
+func countVolumes(ctx context.Context, name string) (n int, err error) {
+	reg, err := registry.Open(name)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, reg.Close()) }()
+	all, err := reg.List(ctx, "")
+	if err == nil && len(all) == 0 {
+		err = errors.New("it has no record, though it is not empty")
+	}
+	for _, kv := range all {
+		if strings.HasPrefix(kv.Key, registry.VolumePrefix) {
+			n++
+		}
+	}
+	return n, err
+}
+
+// devices are the storage daemons as the registry is to have them.
+func (r *rebuilder) devices() ([]alba.Device, error) {
+	addresses := r.req.ASDs
+	if len(addresses) == 0 {
+		addresses = []string{embeddedDir(r.config.DataDir)}
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		return nil, err
+	}
+	var list []alba.Device
+	for _, a := range addresses {
+		d := alba.Device{Address: a, Host: host}
+		if h, port, err := net.SplitHostPort(a); err == nil && port != "" && filepath.Base(a) == a {
+			d.Host = h
+		} else {
+			if d.Address, err = filepath.Abs(a); err != nil {
+				return nil, err
+			}
+			d.Rack, d.Datacentre = r.config.Backend.Rack, r.config.Backend.Datacentre
+			// Opening a directory that has none would make a storage daemon there.
+			if _, err := os.Stat(filepath.Join(d.Address, "identity")); err != nil {
+				r.problem("storage daemon in %s: %v: it is left out", d.Address, err)
+				continue
+			}
+		}
+		if slices.ContainsFunc(list, func(o alba.Device) bool { return o.Address == d.Address }) {
+			return nil, control.Errorf(control.CodeInvalid, "storage daemon %s is named twice", a)
+		}
+		list = append(list, d)
+	}
+	if len(list) == 0 {
+		return nil, control.Errorf(control.CodeNotFound, "no storage daemon was found: %s: name all with --asd DIRECTORY or --asd HOST:PORT", r.report.Problems)
+	}
+	return list, nil
+}
+
+// build makes the new registry.
+func (r *rebuilder) build(ctx context.Context, name string, devices []alba.Device) (err error) {
+	if r.reg, err = registry.Open(name); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, r.reg.Close()) }()
+	if err := r.restoreObjects(ctx, devices); err != nil {
+		return err
+	}
+	if n := len(r.report.Lost) + len(r.report.Missing); n > 0 && !r.req.Force {
+		return control.Errorf(control.CodeNeedsForce, "of %d objects too few parts were found, and %d storage daemons that have parts of objects were not read (lost: %s; missing: %s): "+
+			"name all storage daemons with --asd, with those that can't be read brought back; --force does without", len(r.report.Lost), len(r.report.Missing), firstOf(r.report.Lost), firstOf(r.report.Missing))
+	}
+	// Again, with the storage daemons that are known now.
+	if r.objects, err = openObjectStore(ctx, r.fs, r.reg, r.node, &r.config, r.log); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, r.objects.close()) }()
+	return r.restoreVolumes(ctx)
+}
+
+// firstOf shortens a list for an error.
+func firstOf(list []string) string {
+	const most = 3
+	switch {
+	case len(list) == 0:
+		return "none"
+	case len(list) > most:
+		return fmt.Sprintf("%q and %d more", list[:most], len(list)-most)
+	}
+	return fmt.Sprintf("%q", list)
+}
+
+func (r *rebuilder) restoreObjects(ctx context.Context, devices []alba.Device) (err error) {
+	o, err := openObjectStore(ctx, r.fs, r.reg, r.node, &r.config, r.log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, o.close()) }()
+	r.say("reading %d storage daemons", len(devices))
+	found, err := repair.RebuildRegistry(ctx, AlbaRegistry{r.reg}, o.dial, devices, r.log)
+	r.report.ASDs, r.report.Presets, r.report.Objects = found.Devices, found.Presets, found.Objects
+	r.report.Missing = append(r.report.Missing, found.Missing...)
+	r.report.Lost = append(r.report.Lost, found.Lost...)
+	r.report.Superseded = append(r.report.Superseded, found.Superseded...)
+	r.report.Problems = append(r.report.Problems, found.Problems...)
+	if err == nil {
+		r.say("%d objects on %d storage daemons", found.Objects, found.Devices)
+	}
+	return err
+}
+
+// place puts the new registry in the place of the old one, which stays under another
+// name if keep is set.
+func (r *rebuilder) place(unfinished, final string, keep bool) error {
+	if keep {
+		r.report.Previous = final + "." + time.Now().UTC().Format("20060102T150405.000Z")
+		// A link, so that there is a registry at all times: without one a start makes an
+		// empty one, unless it finds a storage daemon in the data directory.
+		if err := os.Link(final, r.report.Previous); err != nil {
+			return err
+		}
+	}
+	if err := os.Rename(unfinished, final); err != nil {
+		return err
+	}
+	return r.fs.SyncDir(filepath.Dir(final))
+}
