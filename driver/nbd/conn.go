@@ -44,9 +44,10 @@ type conn struct {
 	maxZero    uint64 // bytes of one discard or write-zeroes request
 	readOnly   bool
 
-	release func()      // of the claim, once it is taken
-	denied  bool        // the refusal of a claim has been logged
-	writer  atomic.Bool // the claim is held
+	release  func()        // of the claim, once it is taken
+	denied   bool          // the refusal of a claim has been logged
+	writer   atomic.Bool   // the claim was taken
+	released chan struct{} // closed when it has been given back
 
 	batch   []*op
 	reqs    []*block.Request
@@ -86,6 +87,8 @@ func newConn(ctx context.Context, s *Server, nc net.Conn, p peer, id uint64) *co
 		replies: make(chan *op, maxOps),
 		room:    make(chan struct{}, 1),
 		idle:    make(chan struct{}, 1),
+
+		released: make(chan struct{}),
 	}
 	c.ctx, c.cancel = context.WithCancel(ctx)
 	return c
@@ -140,6 +143,7 @@ func (c *conn) serve() error {
 	if c.release != nil {
 		c.release()
 	}
+	close(c.released)
 	if errors.Is(err, errHangup) {
 		return nil
 	}
@@ -387,12 +391,18 @@ func (c *conn) submitBatch() {
 	c.reqs, c.batch = c.reqs[:0], c.batch[:0]
 }
 
-// claim makes the connection a writer of its volume. Called by the reader.
+// claim makes the connection a writer of its volume. One whose client is gone but
+// which has not given back the claim yet is waited for. Called by the reader.
 func (c *conn) claim() error {
 	if c.release != nil || c.readOnly {
 		return nil // the device itself refuses what would change it
 	}
 	release, err := c.dev.Claim(c.claimant())
+	var held *block.InUseError
+	if errors.As(err, &held) {
+		c.awaitGone()
+		release, err = c.dev.Claim(c.claimant())
+	}
 	if err != nil {
 		if !c.denied {
 			c.denied = true
@@ -404,3 +414,29 @@ func (c *conn) claim() error {
 	c.writer.Store(true)
 	return nil
 }
+
+// awaitGone waits for the volume's writers on this server whose clients are gone, while
+// its own client is there. A writer never waits here, so that no two wait for each
+// other.
+func (c *conn) awaitGone() {
+	tick := time.NewTicker(hangupInterval)
+	defer tick.Stop()
+	for _, other := range c.s.writers(c) {
+		for waiting := hungUp(other.nc); waiting; {
+			select {
+			case <-other.released:
+				waiting = false
+			case <-c.ctx.Done():
+				return
+			case <-tick.C:
+				if hungUp(c.nc) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// hangupInterval is how often a connection that waits for another one looks whether
+// its own client is still there.
+const hangupInterval = 100 * time.Millisecond

@@ -245,6 +245,18 @@ func (s *Server) dismiss(c *conn) {
 	s.wg.Done()
 }
 
+// writers lists the other connections that write to the volume of c.
+func (s *Server) writers(c *conn) (list []*conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for other := range s.conns {
+		if other != c && other.writer.Load() && other.exportName() == c.exportName() {
+			list = append(list, other)
+		}
+	}
+	return list
+}
+
 // logRefused logs at most once per second, so that a client which connects in a
 // loop does not fill the log.
 func (s *Server) logRefused(p peer, err error) {
