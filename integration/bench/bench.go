@@ -289,10 +289,7 @@ func (b *bench) one(ctx context.Context, w workload, round int, s *server) error
 	spec.Duration, spec.Warmup = b.cfg.seconds, b.cfg.seconds/10
 	spec.Seed = uint64(round) + 1
 	spec.ServerPID = s.proc.pid()
-	spec.CPUs = []int{b.cfg.serverCPU}
-	if w.placement == placementA {
-		spec.CPUs, spec.Poll = []int{b.cfg.clientCPU}, true
-	}
+	b.place(&spec, w.placement)
 	if spec.ReadPercent < 100 {
 		block := uint64(max(spec.BlockBytes, 4096))
 		spec.MaxOps = max(1, uint64(b.cfg.burst)/block*100/uint64(100-spec.ReadPercent))
@@ -303,6 +300,16 @@ func (b *bench) one(ctx context.Context, w workload, round int, s *server) error
 	}
 	b.results.put(w.name, s.name, round, res)
 	return nil
+}
+
+// place has the client run where its placement says, and poll or sleep accordingly. A
+// client that slept on another CPU than the server's would measure how fast the machine
+// wakes it.
+func (b *bench) place(spec *load.Spec, placement string) {
+	spec.CPUs, spec.Poll = []int{b.cfg.serverCPU}, false
+	if placement == placementA {
+		spec.CPUs, spec.Poll = []int{b.cfg.clientCPU}, true
+	}
 }
 
 // measure puts a load on the server and waits until that is quiet again.

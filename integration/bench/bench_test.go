@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -124,6 +125,27 @@ func TestTargetsNameWorkloads(t *testing.T) {
 		if !known[line.workload] {
 			t.Errorf("%q is measured by %q, which does not exist", line.title, line.workload)
 		}
+	}
+}
+
+// TestPlacement: in every row that says A the client has a CPU of its own and polls; one
+// that slept there would measure the machine's wake-ups.
+func TestPlacement(t *testing.T) {
+	b := &bench{cfg: &config{clientCPU: 3, serverCPU: 5, sustained: 3 * time.Second, seconds: time.Second, burst: 1 << 20}}
+	inD := load.Spec{Poll: true}
+	b.place(&inD, placementD)
+	if inD.Poll || !slices.Equal(inD.CPUs, []int{5}) {
+		t.Errorf("D: %+v", inD)
+	}
+	var inA load.Spec
+	b.place(&inA, placementA)
+	for name, spec := range map[string]load.Spec{"A": inA, rowSustained: b.sustainedSpec(1)} {
+		if !spec.Poll || !slices.Equal(spec.CPUs, []int{3}) {
+			t.Errorf("%s: polls: %v, CPUs %v; want it to poll on CPU 3", name, spec.Poll, spec.CPUs)
+		}
+	}
+	if spec := b.sustainedSpec(1); spec.Warmup+spec.Duration != b.cfg.sustained {
+		t.Errorf("%v + %v, want %v", spec.Warmup, spec.Duration, b.cfg.sustained)
 	}
 }
 

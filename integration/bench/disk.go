@@ -161,11 +161,7 @@ func (b *bench) measureSustained(ctx context.Context) error {
 		return err
 	}
 	b.say("sustained random write: scoria, %v", b.cfg.sustained)
-	spec := load.Spec{
-		Random: true, Depth: 32, Warmup: b.cfg.sustained / 2, Duration: b.cfg.sustained - b.cfg.sustained/2,
-		CPUs: []int{b.cfg.clientCPU}, ServerPID: s.proc.pid(),
-	}
-	res, err := s.measure(ctx, spec)
+	res, err := s.measure(ctx, b.sustainedSpec(s.proc.pid()))
 	if err != nil {
 		return err
 	}
@@ -178,6 +174,15 @@ func (b *bench) measureSustained(ctx context.Context) error {
 	b.results.put(rowSustained, scoriaName, 0, res)
 	b.results.put(rowSustained, diskName, 0, both(before, after))
 	return nil
+}
+
+// sustainedSpec is the load of that row, of which the first half is not measured.
+func (b *bench) sustainedSpec(pid int) load.Spec {
+	spec := load.Spec{
+		Random: true, Depth: 32, Warmup: b.cfg.sustained / 2, Duration: b.cfg.sustained - b.cfg.sustained/2, ServerPID: pid,
+	}
+	b.place(&spec, placementA)
+	return spec
 }
 
 // both is two measurements taken as one.

@@ -44,10 +44,12 @@ func firstWriteOps(region, unit uint64) uint64 { return max(1, region/unit/2) }
 
 // firstSpec is the load of these rows on one server.
 func (b *bench) firstSpec(s *server, round int, unit uint64) load.Spec {
-	return load.Spec{
+	spec := load.Spec{
 		Random: true, Depth: 32, Duration: b.cfg.seconds, Seed: uint64(round) + 1, MaxOps: firstWriteOps(b.volumeBytes()-warmBytes, unit),
-		RegionOffset: warmBytes, ServerPID: s.proc.pid(), CPUs: []int{b.cfg.clientCPU}, Poll: true,
+		RegionOffset: warmBytes, ServerPID: s.proc.pid(),
 	}
+	b.place(&spec, placementA)
+	return spec
 }
 
 // measureFirstWrites goes through the rounds of both rows.
