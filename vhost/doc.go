@@ -24,7 +24,8 @@
 //
 // Guest memory is unmapped when the session has dropped it and no request in
 // flight points to it. A fault on it (the front end shrank its file) is
-// recovered from, and ends that session only.
+// recovered from, and ends that session only. What is mapped is counted (mem.Budget),
+// per endpoint and in all: address space and mappings are the whole process's.
 //
 // # When a session ends
 //

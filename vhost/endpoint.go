@@ -3,6 +3,7 @@ package vhost
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
 
+	"scoria/shm/mem"
 	"scoria/shm/worker"
 )
 
@@ -30,6 +32,9 @@ const (
 	// front ends speak as soon as they are connected.
 	silentTime = 5 * time.Second
 )
+
+// errTooMany ends a connection that is one more than maxSessions.
+var errTooMany = errors.New("more connections to one volume than are allowed")
 
 // counters are an endpoint's.
 type counters struct {
@@ -49,6 +54,7 @@ type Endpoint struct {
 	cancel context.CancelFunc
 
 	counters  counters
+	budget    *mem.Budget   // of its front ends' memory
 	accepting chan struct{} // closed when the accept loop has ended
 
 	mu         sync.Mutex
@@ -76,8 +82,16 @@ func (e *Endpoint) accept() {
 		e.counters.connections.Add(1)
 		s := newSession(e, conn)
 		e.mu.Lock()
-		e.sessions[s] = struct{}{}
+		n := len(e.sessions)
+		if n < maxSessions {
+			e.sessions[s] = struct{}{}
+		}
 		e.mu.Unlock()
+		if n >= maxSessions {
+			conn.Close()
+			e.ended(s, fmt.Errorf("%d connections: %w", n+1, errTooMany))
+			continue
+		}
 		go s.run()
 	}
 }

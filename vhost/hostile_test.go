@@ -3,6 +3,7 @@ package vhost
 import (
 	"encoding/binary"
 	"errors"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -151,6 +152,17 @@ func TestP7HostileMessages(t *testing.T) {
 		}
 	}
 	memfd := func(g *guest) []int { return []int{g.fd} }
+	// started sends a message that comes too late: ring 0 is started.
+	started := func(r wire.Request, payload []byte, fds func(*guest) []int) func(*frontEnd, *guest) {
+		return func(f *frontEnd, g *guest) {
+			f.memory(g)
+			f.configure(g, 0, 0)
+			if err := f.enable(0, 1); err != nil {
+				f.t.Fatal(err)
+			}
+			msg(r, payload, fds)(f, g)
+		}
+	}
 	state := func(i, n uint32) []byte { return wire.VringState{Index: i, Num: n}.Append(nil) }
 	region := func(change func(*wire.Region)) []byte {
 		r := wire.Region{GuestAddr: testGuestBase, UserAddr: testUserBase, Size: testMemBytes}
@@ -214,12 +226,13 @@ func TestP7HostileMessages(t *testing.T) {
 			f.must(wire.SetVringAddr, a.Append(nil))
 			_ = f.enable(0, 1)
 		}},
-		{"size of a started ring", "started", func(f *frontEnd, g *guest) {
-			f.memory(g)
-			f.configure(g, 0, 0)
-			_ = f.enable(0, 1)
-			_ = f.send(wire.SetVringNum, 0, state(0, 16))
-		}},
+		{"size of a started ring", "started", started(wire.SetVringNum, state(0, 16), nil)},
+		{"base of a started ring", "started", started(wire.SetVringBase, state(0, 1), nil)},
+		{"in-flight area under a started ring", "started", started(wire.SetInflightFD, wire.Inflight{MmapSize: 1 << 16, Queues: 1, QueueSize: 16}.Append(nil), memfd)},
+		{"memory without a started ring's", "not in guest memory", started(wire.SetMemTable, region(func(r *wire.Region) { r.UserAddr += testMemBytes }), memfd)},
+		{"no memory under a started ring", "not in guest memory", started(wire.RemMemReg, wire.AppendRegion(nil, (*guest)(nil).region()), nil)},
+		{"a started ring moved out of memory", "not in guest memory", started(wire.SetVringAddr, wire.VringAddr{Desc: 16, Avail: 16, Used: 16}.Append(nil), nil)},
+		{"a started ring moved to an odd address", "multiples", started(wire.SetVringAddr, wire.VringAddr{Desc: 8}.Append(nil), nil)},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			b := newBed(t, Config{})
@@ -233,8 +246,8 @@ func TestP7HostileMessages(t *testing.T) {
 	}
 }
 
-// The front end shrinks the file that its rings, its data or the in-flight area
-// lie in while they are used.
+// The front end shrinks the file that its rings or its data lie in while they are
+// used.
 func TestP7ShrunkMemory(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -275,6 +288,120 @@ func TestP7ShrunkMemory(t *testing.T) {
 	}
 }
 
+// The in-flight area or the dirty log, which are files of their own, shrink.
+func TestP7ShrunkAreas(t *testing.T) {
+	for _, area := range []string{"in-flight area", "dirty log"} {
+		t.Run(area, func(t *testing.T) {
+			b := newBed(t, Config{})
+			g := newGuest(t, 1, 16, testFeatures)
+			f := dial(t, b.path)
+			f.hello(g.features)
+			f.memory(g)
+			fd, err := mem.CreateMemfd(area, 1<<20)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(fd)
+			if area == "in-flight area" {
+				f.must(wire.SetInflightFD, wire.Inflight{MmapSize: 1 << 20, Queues: 1, QueueSize: 16}.Append(nil), fd)
+			} else {
+				if err := f.send(wire.SetLogBase, 0, wire.Log{Size: 1 << 20}.Append(nil), fd); err != nil {
+					t.Fatal(err)
+				}
+				if _, _, err := f.recv(wire.SetLogBase); err != nil {
+					t.Fatal(err)
+				}
+				f.must(wire.SetFeatures, wire.AppendU64(nil, g.features|wire.FeatureLogAll))
+			}
+			f.configure(g, 0, 0)
+			if err := f.enable(0, 1); err != nil {
+				t.Fatal(err)
+			}
+			if st, _ := g.do(0, blkIn, 0, nil, 4096); st != statusOK {
+				t.Fatal(st)
+			}
+			if err := unix.Ftruncate(fd, 0); err != nil {
+				t.Fatal(err)
+			}
+			g.add(0, blkIn, 0, nil, 4096)
+			g.publish(0)
+			f.ends(b, "fault on shared memory")
+			victim := newGuest(t, 1, 16, testFeatures)
+			start(t, b.path, victim)
+			if st, _ := victim.do(0, blkOut, 0, pattern(512, 1), 0); st != statusOK {
+				t.Fatal(st)
+			}
+		})
+	}
+}
+
+// What crosses from one region into nothing, or a ring from one into the next, which
+// need not adjoin here, is refused; data that crosses into a region that adjoins is not
+// (TestMemorySlotsChangeWhileRunning).
+func TestP7AddressesAcrossRegions(t *testing.T) {
+	const hole = testMemBytes / 2 // one MiB of guest memory is not there
+	regions := []wire.Region{
+		{GuestAddr: testGuestBase, UserAddr: testUserBase, Size: hole},
+		{GuestAddr: testGuestBase + hole + 1<<20, UserAddr: testUserBase + hole + 1<<20, Size: testMemBytes - hole - 1<<20, MmapOffset: hole + 1<<20},
+	}
+	edge := uint64(testGuestBase + hole)
+	for _, c := range []struct {
+		name string
+		do   func(g *guest)
+		want error
+	}{
+		{"data", func(g *guest) {
+			g.rawDesc(0, testGuestBase+testDataAt, 16, virtq.DescNext, 1)
+			g.rawDesc(1, edge-512, 1024, virtq.DescWrite|virtq.DescNext, 2)
+			g.rawDesc(2, testGuestBase+testDataAt, 1, virtq.DescWrite, 0)
+		}, errAddress},
+		{"data over the hole", func(g *guest) {
+			g.rawDesc(0, testGuestBase+testDataAt, 16, virtq.DescNext, 1)
+			g.rawDesc(1, edge-512, 1<<20+1024, virtq.DescWrite|virtq.DescNext, 2)
+			g.rawDesc(2, testGuestBase+testDataAt, 1, virtq.DescWrite, 0)
+		}, errAddress},
+		{"header", func(g *guest) {
+			g.rawDesc(0, edge-8, 16, virtq.DescNext, 1)
+			g.rawDesc(1, testGuestBase+testDataAt, 1, virtq.DescWrite, 0)
+		}, errAddress},
+		{"indirect table", func(g *guest) { g.rawDesc(0, edge-16, 32, virtq.DescIndirect, 0) }, virtq.ErrIndirect},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := newBed(t, Config{})
+			g := newGuest(t, 1, 16, testFeatures|virtq.FeatureIndirect)
+			f := dial(t, b.path)
+			f.hello(g.features)
+			f.must(wire.SetMemTable, wire.AppendMemTable(nil, regions), g.fd, g.fd)
+			f.configure(g, 0, 0)
+			if err := f.enable(0, 1); err != nil {
+				t.Fatal(err)
+			}
+			c.do(g)
+			g.rings[0].PushRaw(0)
+			g.publish(0)
+			f.ends(b, c.want.Error())
+		})
+	}
+	t.Run("ring", func(t *testing.T) {
+		b := newBed(t, Config{})
+		g := newGuest(t, 1, 16, testFeatures)
+		f := dial(t, b.path)
+		f.hello(g.features)
+		// The descriptor table lies half in the one and half in the other.
+		half := uint64(4096)
+		f.must(wire.SetMemTable, wire.AppendMemTable(nil, []wire.Region{
+			{GuestAddr: testGuestBase, UserAddr: testUserBase, Size: half},
+			{GuestAddr: testGuestBase + half, UserAddr: testUserBase + half, Size: testMemBytes - half, MmapOffset: half},
+		}), g.fd, g.fd)
+		f.configure(g, 0, 0)
+		a := g.addr(0, 0)
+		a.Desc = testUserBase + half - 128
+		f.must(wire.SetVringAddr, a.Append(nil))
+		_ = f.enable(0, 1)
+		f.ends(b, "not in guest memory")
+	})
+}
+
 // Memory that is gone when a request of it ends later.
 func TestP7ShrunkMemoryUnderRequestsInFlight(t *testing.T) {
 	b := newBed(t, Config{})
@@ -293,22 +420,30 @@ func TestP7ShrunkMemoryUnderRequestsInFlight(t *testing.T) {
 	f.ends(b, "not accessible")
 }
 
-// A front end that does not read its replies.
+// A front end that does not read its replies is disconnected, and hurts nobody else
+// meanwhile.
 func TestP7FrontEndThatDoesNotRead(t *testing.T) {
-	b := newBed(t, Config{})
+	b := newBed(t, Config{replyTimeout: time.Second})
 	f := dial(t, b.path)
 	f.hello(wire.FeatureProtocolFeatures)
 	p := wire.AppendMessage(nil, wire.GetConfig, 0, wire.Config{Data: make([]byte, 256)}.Append(nil))
-	_ = f.conn.SetWriteDeadline(time.Now().Add(2 * time.Second))
+	_ = f.conn.SetWriteDeadline(time.Now().Add(testTimeout))
+	g := newGuest(t, 1, 16, testFeatures)
+	start(t, b.path, g)
 	for {
-		if _, err := f.conn.Write(p); err != nil {
+		if _, err := f.conn.Write(p); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal("still connected")
+		} else if err != nil {
 			break
 		}
 	}
-	// It hurts nobody else, and goes when the server does (newBed closes it).
-	g := newGuest(t, 1, 16, testFeatures)
-	start(t, b.path, g)
-	g.do(0, blkOut, 0, pattern(512, 1), 0)
+	if st, _ := g.do(0, blkOut, 0, pattern(512, 1), 0); st != statusOK {
+		t.Fatal(st)
+	}
+	hurry(t, "session to end", func() bool { return b.ep.Stats().Sessions == 1 })
+	if got := b.ep.Stats().LastDisconnect; !strings.Contains(got, "GET_CONFIG: reply") || !strings.Contains(got, "timeout") {
+		t.Fatalf("reason %q", got)
+	}
 }
 
 // A front end that makes its call descriptor blocking and fills it up stops the

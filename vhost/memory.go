@@ -12,8 +12,8 @@ import (
 )
 
 // mapRegion maps a region that came with a descriptor.
-func mapRegion(r wire.Region, fd int) (mem.Region, error) {
-	m, err := mem.Map(fd, r.MmapOffset, r.Size)
+func (s *session) mapRegion(r wire.Region, fd int) (mem.Region, error) {
+	m, err := s.ep.budget.Map(fd, r.MmapOffset, r.Size)
 	if err != nil {
 		return mem.Region{}, fmt.Errorf("region of %#x bytes at guest address %#x: %w", r.Size, r.GuestAddr, err)
 	}
@@ -29,7 +29,7 @@ func (s *session) setMemTable(m *message) error {
 	var regions []mem.Region
 	for i, w := range wanted {
 		var r mem.Region
-		if r, err = mapRegion(w, m.fds[i]); err != nil {
+		if r, err = s.mapRegion(w, m.fds[i]); err != nil {
 			break
 		}
 		regions = append(regions, r)
@@ -52,7 +52,7 @@ func (s *session) addMemReg(m *message) error {
 	if err != nil {
 		return err
 	}
-	r, err := mapRegion(w, m.fds[0])
+	r, err := s.mapRegion(w, m.fds[0])
 	if err != nil {
 		return err
 	}
@@ -111,7 +111,7 @@ func (s *session) setLogBase(m *message) error {
 	if err != nil {
 		return err
 	}
-	mapping, err := mem.Map(m.fds[0], l.Offset, l.Size)
+	mapping, err := s.ep.budget.Map(m.fds[0], l.Offset, l.Size)
 	if err != nil {
 		return err
 	}
@@ -295,7 +295,7 @@ func (s *session) useInflight(fd int, f wire.Inflight) error {
 			return fmt.Errorf("ring %d is started: %w", r.index, errProtocol)
 		}
 	}
-	m, err := mem.Map(fd, f.MmapOffset, f.MmapSize)
+	m, err := s.ep.budget.Map(fd, f.MmapOffset, f.MmapSize)
 	if err != nil {
 		return err
 	}

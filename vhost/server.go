@@ -7,11 +7,13 @@ import (
 	"net"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
 
 	"scoria/driver/block"
+	"scoria/shm/mem"
 	"scoria/shm/worker"
 	"scoria/vhost/virtq"
 )
@@ -23,6 +25,21 @@ const (
 	// MaxQueueSize bounds the ring size that a front end may choose; QEMU's own
 	// limit is the same.
 	MaxQueueSize = 1024
+)
+
+// Limits of what front ends take of the daemon's (P7). A QEMU has one connection
+// to a volume; two have, while they migrate on one host, and one that comes back
+// may be there before the one that it had has been given back.
+const (
+	// maxSessions is how many connections an endpoint has at most.
+	maxSessions = 8
+	// All front ends together may map maxTotalBytes, of the 128 TiB of address space
+	// that a process has, and half of the mappings that the kernel allows; those of
+	// one endpoint maxEndpointBytes and maxEndpointMappings: four times guest memory of
+	// the most regions, as memory tables are replaced before the old one is unmapped.
+	maxTotalBytes       = 96 << 40
+	maxEndpointBytes    = 32 << 40
+	maxEndpointMappings = 4*mem.MaxRegions + 4*maxSessions
 )
 
 // Errors.
@@ -47,11 +64,21 @@ type Config struct {
 	SocketMode  os.FileMode
 	SocketGroup int
 	Log         zerolog.Logger
+
+	// For tests; 0: the constants.
+	endpointBytes uint64
+	replyTimeout  time.Duration
 }
 
 func (c *Config) setDefaults() error {
 	if c.MaxQueues == 0 {
 		c.MaxQueues = DefaultMaxQueues
+	}
+	if c.endpointBytes == 0 {
+		c.endpointBytes = maxEndpointBytes
+	}
+	if c.replyTimeout == 0 {
+		c.replyTimeout = replyTimeout
 	}
 	if c.SocketMode == 0 {
 		c.SocketMode = 0o660
@@ -68,6 +95,7 @@ type Server struct {
 	cfg     Config
 	workers *worker.Set
 	chains  map[*worker.Worker]*virtq.Chain // scratch, one per worker
+	budget  *mem.Budget
 
 	mu        sync.Mutex
 	endpoints map[*Endpoint]struct{}
@@ -80,7 +108,8 @@ func NewServer(cfg Config) (*Server, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
-	s := &Server{cfg: cfg, workers: cfg.Set, endpoints: map[*Endpoint]struct{}{}, chains: map[*worker.Worker]*virtq.Chain{}}
+	s := &Server{cfg: cfg, workers: cfg.Set, endpoints: map[*Endpoint]struct{}{}, chains: map[*worker.Worker]*virtq.Chain{},
+		budget: mem.NewBudget(nil, maxTotalBytes, mem.MaxMappings()/2)}
 	if s.workers == nil {
 		set, err := worker.NewSet(cfg.Workers)
 		if err != nil {
@@ -110,6 +139,7 @@ func (s *Server) Listen(name, path string, open OpenFunc) (*Endpoint, error) {
 	e := &Endpoint{
 		srv: s, name: name, path: path, open: open, ln: ln, ctx: ctx, cancel: cancel,
 		log: s.cfg.Log.With().Str("volume", name).Logger(), sessions: map[*session]struct{}{}, accepting: make(chan struct{}),
+		budget: mem.NewBudget(s.budget, s.cfg.endpointBytes, maxEndpointMappings),
 	}
 	s.mu.Lock()
 	if s.closed {

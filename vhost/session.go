@@ -257,7 +257,7 @@ func (s *session) handle(m *message) error {
 
 func (s *session) reply(r wire.Request, payload []byte, fds ...int) error {
 	s.out = wire.AppendMessage(s.out[:0], r, wire.FlagReply, payload)
-	if err := s.conn.SetWriteDeadline(time.Now().Add(replyTimeout)); err != nil {
+	if err := s.conn.SetWriteDeadline(time.Now().Add(s.srv.cfg.replyTimeout)); err != nil {
 		return fmt.Errorf("%v: reply: %w", r, err)
 	}
 	if err := mem.WriteFull(s.conn, s.out, fds...); err != nil {

@@ -66,6 +66,8 @@ type Mapping struct {
 	refs  atomic.Int64
 	whole []byte // from page boundary to page boundary
 	data  []byte
+
+	budget *Budget // nil: none
 }
 
 // Map maps [offset, offset+size) of the file, shared, readable and writable.
@@ -73,15 +75,24 @@ type Mapping struct {
 // that is too short at this moment is refused with ErrFileTooShort; it may
 // still shrink later.
 func Map(fd int, offset, size uint64) (*Mapping, error) {
+	start, length, err := extent(fd, offset, size)
+	if err != nil {
+		return nil, err
+	}
+	return mapExtent(fd, start, length, offset, size)
+}
+
+// extent checks a range of a file and returns the whole pages around it.
+func extent(fd int, offset, size uint64) (start, length uint64, err error) {
 	if size == 0 || offset > math.MaxInt64 || size > math.MaxInt64-offset {
-		return nil, fmt.Errorf("mapping %d bytes at %d: %w", size, offset, ErrRange)
+		return 0, 0, fmt.Errorf("mapping %d bytes at %d: %w", size, offset, ErrRange)
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return nil, fmt.Errorf("mapping %d bytes at %d: %w", size, offset, os.NewSyscallError("fstat", err))
+		return 0, 0, fmt.Errorf("mapping %d bytes at %d: %w", size, offset, os.NewSyscallError("fstat", err))
 	}
 	if st.Mode&unix.S_IFMT == unix.S_IFREG && uint64(st.Size) < offset+size {
-		return nil, fmt.Errorf("mapping %d bytes at %d of a file of %d bytes: %w", size, offset, st.Size, ErrFileTooShort)
+		return 0, 0, fmt.Errorf("mapping %d bytes at %d of a file of %d bytes: %w", size, offset, st.Size, ErrFileTooShort)
 	}
 	// The block size of a hugetlbfs file is its page size; offsets into it must
 	// be aligned to that.
@@ -89,8 +100,11 @@ func Map(fd int, offset, size uint64) (*Mapping, error) {
 	if b := uint64(st.Blksize); b > page && b&(b-1) == 0 {
 		page = b
 	}
-	start := offset &^ (page - 1)
-	length := (offset + size - start + page - 1) &^ (page - 1)
+	start = offset &^ (page - 1)
+	return start, (offset + size - start + page - 1) &^ (page - 1), nil
+}
+
+func mapExtent(fd int, start, length, offset, size uint64) (*Mapping, error) {
 	whole, err := mmap(fd, int64(start), length)
 	if err != nil {
 		return nil, fmt.Errorf("mapping %d bytes at %d: %w", size, offset, err)
@@ -113,6 +127,7 @@ func (m *Mapping) Release() {
 	switch n := m.refs.Add(-1); {
 	case n == 0:
 		munmap(m.whole)
+		m.budget.give(uint64(len(m.whole)))
 		m.whole, m.data = nil, nil
 	case n < 0:
 		panic("mem: Mapping released too often")
