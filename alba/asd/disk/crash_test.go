@@ -129,7 +129,7 @@ func checkAfterCrash(t *testing.T, fsys vfs.FS, opts Options, models ...*asdtest
 	}
 }
 
-var crashOptions = Options{ReserveBytes: 1 << 20, CacheBytes: 1 << 20, InlineBytes: 1000, DirectBytes: 6000, Slots: 4}
+var crashOptions = Options{ReserveBytes: 1 << 20, CacheBytes: 1 << 20, InlineBytes: 1000, Slots: 4}
 
 // cut is a moment at which the power failed.
 type cut struct {

@@ -37,10 +37,6 @@ type Options struct {
 	ReserveBytes int64
 	// InlineBytes: values up to this size live in the key-value store; 0 means 16 KiB.
 	InlineBytes int
-	// DirectBytes: values from this size on are written past the page cache, which costs
-	// a copy and memory that nobody reads soon: what was just stored is in its
-	// owner's local cache. 0 means 256 KiB.
-	DirectBytes int
 	// CacheBytes of the key-value store's blocks; 0 means 32 MiB.
 	CacheBytes int64
 	// Slots bounds the requests that use the disk at once; 0 means 64.
@@ -53,7 +49,6 @@ type Options struct {
 
 const (
 	defaultInlineBytes = 16 << 10
-	defaultDirectBytes = 256 << 10
 	defaultCacheBytes  = 32 << 20
 	defaultSlots       = 64
 	defaultHandles     = 1024
@@ -146,9 +141,6 @@ func Open(fsys vfs.FS, dir string, opts Options) (*Disk, error) {
 func (o *Options) setDefaults() {
 	if o.InlineBytes == 0 {
 		o.InlineBytes = defaultInlineBytes
-	}
-	if o.DirectBytes == 0 {
-		o.DirectBytes = defaultDirectBytes
 	}
 	if o.CacheBytes == 0 {
 		o.CacheBytes = defaultCacheBytes

@@ -9,7 +9,7 @@ import (
 )
 
 // testOptions suit file systems of a few MiB.
-var testOptions = Options{ReserveBytes: 1 << 20, CacheBytes: 1 << 20, DirectBytes: 40_000}
+var testOptions = Options{ReserveBytes: 1 << 20, CacheBytes: 1 << 20}
 
 func open(t testing.TB, fsys vfs.FS, dir string, opts Options) *Disk {
 	t.Helper()
