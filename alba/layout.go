@@ -45,6 +45,9 @@ func roundUp(n int64, unit int) int64 {
 // ChunkBytes is the stream's bytes in a chunk, but for the last.
 func (l Layout) ChunkBytes() int64 { return int64(l.K) * int64(l.FragmentBytes) }
 
+// EncodedBytes is what the fragments of a chunk take together, data and parity.
+func (l Layout) EncodedBytes() int64 { return int64(l.K+l.M) * int64(l.FragmentBytes) }
+
 // Chunks is how many there are; an empty stream has none.
 func (l Layout) Chunks() int {
 	c := l.ChunkBytes()

@@ -16,6 +16,8 @@ const readBytes = 1 << 20
 type Chunk struct {
 	Number int
 	Shards [][]byte // k data, m parity; one length
+	End    int64    // of the chunk in the stream, bytes
+	Last   bool     // the stream ends with it
 	buf    []byte
 }
 
@@ -63,9 +65,12 @@ func (e *Encoder) Done() bool {
 
 // Next makes the next chunk in c, whose memory it uses again. check is called
 // between reads of the source and its error ends the encoding: so a canceled
-// upload ends. io.EOF after the last chunk; io.ErrUnexpectedEOF if the source is
-// shorter than the object.
-func (e *Encoder) Next(c *Chunk, check func() error) error {
+// upload ends. ready, if set, is called once for each fragment when its bytes and c's
+// other fields are final, before Next is done with the others: those of the data go
+// to disks while the rest is read and parity is computed. io.EOF after the last
+// chunk; io.ErrUnexpectedEOF if the source is shorter than the object, perhaps when
+// some fragments were ready.
+func (e *Encoder) Next(c *Chunk, check func() error, ready func(shard int)) error {
 	full := int(e.layout.ChunkBytes())
 	parity := e.layout.M * e.layout.FragmentBytes
 	if upTo := MaxStored(e.blocks.comp, e.encryption(), e.size) - e.layout.Stored; upTo < int64(full) {
@@ -77,7 +82,13 @@ func (e *Encoder) Next(c *Chunk, check func() error) error {
 	if cap(c.buf) < full+parity {
 		c.buf = make([]byte, full+parity)
 	}
+	if ready == nil {
+		ready = func(int) {}
+	}
 	data := c.buf[:full]
+	if e.blocks.Plain() {
+		return e.nextPlain(c, int(min(int64(full), e.size-e.read)), check, ready)
+	}
 	n, err := e.fill(data, check)
 	if err != nil {
 		return err
@@ -85,10 +96,39 @@ func (e *Encoder) Next(c *Chunk, check func() error) error {
 	if n == 0 {
 		return io.EOF
 	}
+	frag := e.cut(c, n)
+	clear(data[n : e.layout.K*frag])
+	c.Last = e.Done()
+	for i := range e.layout.K {
+		ready(i)
+	}
+	return e.parity(c, ready)
+}
+
+// nextPlain makes a chunk of the next n bytes of the source, fragment by fragment.
+func (e *Encoder) nextPlain(c *Chunk, n int, check func() error, ready func(int)) error {
+	if n == 0 {
+		return io.EOF
+	}
+	c.Last = e.read+int64(n) == e.size
+	frag := e.cut(c, n)
+	for i, p := range c.Shards[:e.layout.K] {
+		have := min(frag, max(0, n-i*frag))
+		if err := e.readSource(p[:have], check); err != nil {
+			return err
+		}
+		clear(p[have:])
+		ready(i)
+	}
+	return e.parity(c, ready)
+}
+
+// cut makes c the next chunk, of n bytes of the stream, and returns the length of its
+// fragments.
+func (e *Encoder) cut(c *Chunk, n int) (frag int) {
 	l := e.layout
 	l.Stored = int64(n)
-	frag := l.FragmentLen(0)
-	clear(data[n : e.layout.K*frag])
+	frag = l.FragmentLen(0)
 	c.Number, c.Shards = e.chunks, c.Shards[:0]
 	all := c.buf[:(l.K+l.M)*frag]
 	for i := range l.K + l.M {
@@ -96,7 +136,19 @@ func (e *Encoder) Next(c *Chunk, check func() error) error {
 	}
 	e.chunks++
 	e.layout.Stored += int64(n)
-	return e.codec.Encode(c.Shards)
+	c.End = e.layout.Stored
+	return frag
+}
+
+// parity computes the last fragments of a chunk from the first.
+func (e *Encoder) parity(c *Chunk, ready func(int)) error {
+	if err := e.codec.Encode(c.Shards); err != nil {
+		return err
+	}
+	for i := range e.layout.M {
+		ready(e.layout.K + i)
+	}
+	return nil
 }
 
 func (e *Encoder) encryption() alba.Encryption {
@@ -106,13 +158,9 @@ func (e *Encoder) encryption() alba.Encryption {
 	return alba.EncryptAES256GCM
 }
 
-// fill puts the next bytes of the stream into data and returns how many; fewer
+// fill puts the next bytes of a stream of sealed blocks into data and returns how many; fewer
 // than len(data) only at the stream's end.
 func (e *Encoder) fill(data []byte, check func() error) (int, error) {
-	if e.blocks.Plain() {
-		n := int(min(int64(len(data)), e.size-e.read))
-		return n, e.readSource(data[:n], check)
-	}
 	n := 0
 	for n < len(data) {
 		if e.carried < len(e.carry) {

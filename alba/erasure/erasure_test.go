@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -58,7 +59,15 @@ func encode(t testing.TB, src io.ReaderAt, size int64, k, m, fragment int, c alb
 	s := stored{m: man, key: key}
 	for {
 		c := new(erasure.Chunk)
-		err := enc.Next(c, never)
+		var ready [][]byte
+		var end int64
+		var last bool
+		err := enc.Next(c, never, func(shard int) {
+			if shard != len(ready) || shard > 0 && (c.End != end || c.Last != last) {
+				t.Fatalf("fragment %d of %d is ready as number %d, end %d after %d, last %v after %v", shard, k+m, len(ready), c.End, end, c.Last, last)
+			}
+			ready, end, last = append(ready, bytes.Clone(c.Shards[shard])), c.End, c.Last
+		})
 		if errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 			break
 		}
@@ -67,6 +76,11 @@ func encode(t testing.TB, src io.ReaderAt, size int64, k, m, fragment int, c alb
 		}
 		if c.Number != len(s.chunks) {
 			t.Fatalf("chunk %d, want %d", c.Number, len(s.chunks))
+		}
+		// What was ready was final.
+		if !slices.EqualFunc(ready, c.Shards, bytes.Equal) || c.End != end || c.Last != last || end != enc.Stored() || last != enc.Done() {
+			t.Fatalf("chunk %d changed when it was ready: %d fragments of %d, end %d, then %d of %d, last %v, then %v of %v",
+				c.Number, len(ready), len(c.Shards), end, c.End, enc.Stored(), last, c.Last, enc.Done())
 		}
 		s.chunks = append(s.chunks, c.Shards)
 	}

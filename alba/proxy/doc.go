@@ -4,9 +4,10 @@
 //
 // # Order of durability
 //
-// Put commits an intent, sends fragments to all shards at once, each shard's
-// manifest when its fragments are durable (or with the last of them), and commits the object's manifest when c
-// shards are durable. Every Apply asserts the owner's epoch and raises the device's
+// Put commits an intent, sends fragments to all shards at once, as soon as each is
+// read or computed and as many as the upload's window of memory holds, each shard's
+// manifest when its fragments are durable (or with the last of them), and commits the
+// object's manifest when c shards are durable. Every Apply asserts the owner's epoch and raises the device's
 // to the namespace's; the commit asserts that the namespace's record is the one
 // that the epoch was compared with, and that the intent is still there. Shards
 // that are late complete in the background under the intent and are added by a
@@ -33,7 +34,7 @@
 //
 //	follow        one: the registry's events, to caches and fleet
 //	poll          one: statistics of all devices every two seconds
-//	shardWriter   one per shard of an upload under way, and up to two that it sends by
+//	shardWriter   one per shard of an upload under way, and one per fragment of its that is being sent
 //	finish        one per upload that completes in the background, at most 8
 //	purge         one per deletion whose fragments are being deleted, at most 8
 //	piece, decode one per fragment read under way; they end with the read

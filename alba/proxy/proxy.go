@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"scoria/alba"
-	"scoria/alba/erasure"
 )
 
 // Errors of a Proxy.
@@ -86,9 +85,9 @@ type Proxy struct {
 	cache cache
 
 	memory   *semaphore.Weighted
-	chunks   chan *erasure.Chunk // to be used again
-	late     chan struct{}       // tokens of uploads that complete in the background
-	purges   chan struct{}       // tokens of purges in the background
+	chunks   sync.Pool     // of *erasure.Chunk, to be used again
+	late     chan struct{} // tokens of uploads that complete in the background
+	purges   chan struct{} // tokens of purges in the background
 	counters Counters
 	active   sync.Map // upload IDs under way here
 
@@ -103,7 +102,6 @@ const (
 	defaultMemory = 512 << 20
 	lateUploads   = 8
 	purgesAtOnce  = 8
-	keptChunks    = 4
 	tries         = 16 // of a registry transaction
 )
 
@@ -119,7 +117,7 @@ func New(ctx context.Context, o Options) (*Proxy, error) {
 		o.Report = func(Fault) {}
 	}
 	p := &Proxy{opts: o, reg: o.Registry, fleet: NewFleet(o.Registry, o.Dial, o.Location), memory: semaphore.NewWeighted(o.MemoryBytes),
-		chunks: make(chan *erasure.Chunk, keptChunks), late: make(chan struct{}, lateUploads), purges: make(chan struct{}, purgesAtOnce)}
+		late: make(chan struct{}, lateUploads), purges: make(chan struct{}, purgesAtOnce)}
 	p.cache.init(o.CacheObjects)
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	events, err := p.reg.Watch(p.ctx, alba.Prefix, 0)

@@ -140,12 +140,13 @@ func (p *Proxy) begin(ctx context.Context, n namespace, name string, epoch uint6
 	}
 	unit := alba.Unit(ps.Compression, ps.Encryption)
 	most := erasure.MaxStored(ps.Compression, ps.Encryption, size)
-	u := &upload{p: p, ns: n, epoch: epoch, old: old, window: make(chan struct{}, windowChunks), m: &alba.Manifest{
+	u := &upload{p: p, ns: n, epoch: epoch, old: old, m: &alba.Manifest{
 		Namespace: n.Name, NamespaceID: n.ID, Object: name, Upload: id, Epoch: epoch, Size: size, Created: time.Now().UnixNano(),
 		Preset: ps.Name, Policy: choice.Policy, Domain: ps.Domain, Compression: ps.Compression, Encryption: ps.Encryption,
 		BlockBytes: alba.BlockBytes(ps.Compression), FragmentBytes: alba.PlanFragment(most, choice.Policy.K, ps.FragmentBytes, unit),
 		Shards: choice.Shards,
 	}}
+	u.window = make(chan struct{}, windowChunks(u.m.Layout()))
 	p.active.Store(id, struct{}{})
 	rev, err := p.reg.Commit(ctx, []alba.Compare{n.compare(), {Key: alba.ObjectKey(n.ID, name), Revision: u.oldRevision()}},
 		[]alba.Write{{Key: alba.IntentKey(n.ID, id), Value: alba.Encode(u.intentRecord(false))}})
@@ -259,18 +260,19 @@ func (u *upload) send(ctx context.Context, src io.ReaderAt, size int64) error {
 		if err != nil {
 			return err
 		}
-		if err := enc.Next(c.Chunk, ctx.Err); err != nil {
-			c.release(1)
+		err = enc.Next(c.Chunk, ctx.Err, func(shard int) {
+			if c.Last && shard == 0 {
+				u.m.Stored = c.End
+			}
+			u.hand(c, shard)
+		})
+		c.release(1)
+		if err != nil {
 			return err
 		}
-		if c.last = enc.Done(); c.last {
-			u.m.Stored = enc.Stored()
-		}
 		if alive := u.alive(); alive < u.m.Policy.C {
-			c.release(1)
 			return u.tooFew(alive)
 		}
-		u.hand(c)
 	}
 	for _, s := range u.shards {
 		s.end()

@@ -12,13 +12,19 @@ import (
 	"scoria/alba/erasure"
 )
 
-// windowChunks is how many chunks of an upload are in memory: one is encoded while
-// others are sent.
-const windowChunks = 3
+// An upload has chunks of so many bytes in memory, parity included: at least minWindow
+// of them, so that one is encoded while another is sent, and as many as keep the disks
+// busy while fragments are synced and committed.
+const (
+	windowBytes = 96 << 20
+	minWindow   = 2
+	maxWindow   = 32
+)
 
-// appliesAtOnce is how many fragments of a shard are on their way to its device: one
-// is copied and checked while another is synced.
-const appliesAtOnce = 2
+// windowChunks is how many chunks of an upload are in memory at once.
+func windowChunks(l alba.Layout) int {
+	return int(min(maxWindow, max(minWindow, windowBytes/l.EncodedBytes())))
+}
 
 // watchEvery is how often an upload that waits looks at its devices' health.
 const watchEvery = 250 * time.Millisecond
@@ -28,7 +34,6 @@ type sharedChunk struct {
 	*erasure.Chunk
 	u     *upload
 	bytes int64
-	last  bool
 	refs  atomic.Int32
 }
 
@@ -63,16 +68,15 @@ func (u *upload) acquire(ctx context.Context) (*sharedChunk, error) {
 
 func (u *upload) allocate(ctx context.Context) (*sharedChunk, error) {
 	l := u.m.Layout()
-	n := min(l.ChunkBytes()/int64(l.K)*int64(l.K+l.M), u.p.opts.MemoryBytes)
+	n := min(l.EncodedBytes(), u.p.opts.MemoryBytes)
 	if err := u.p.memory.Acquire(ctx, n); err != nil {
 		<-u.window
 		return nil, err
 	}
 	c := &sharedChunk{u: u, bytes: n}
 	c.refs.Store(1)
-	select {
-	case c.Chunk = <-u.p.chunks:
-	default:
+	c.Chunk, _ = u.p.chunks.Get().(*erasure.Chunk)
+	if c.Chunk == nil {
 		c.Chunk = new(erasure.Chunk)
 	}
 	return c, nil
@@ -83,10 +87,7 @@ func (c *sharedChunk) release(n int32) {
 	if c.refs.Add(-n) > 0 {
 		return
 	}
-	select {
-	case c.u.p.chunks <- c.Chunk:
-	default:
-	}
+	c.u.p.chunks.Put(c.Chunk)
 	c.u.p.memory.Release(c.bytes)
 	<-c.u.window
 }
@@ -116,16 +117,19 @@ func (u *upload) start(ctx context.Context) {
 		if id == "" {
 			continue
 		}
-		s := &shardWriter{u: u, shard: i, m: u.p.fleet.Member(id), queue: make(chan *sharedChunk, windowChunks)}
+		s := &shardWriter{u: u, shard: i, m: u.p.fleet.Member(id), queue: make(chan *sharedChunk, cap(u.window))}
 		s.ctx, s.cancel = context.WithCancel(ctx)
 		u.shards = append(u.shards, s)
 		go s.run()
 	}
 }
 
-// hand gives a chunk to all shards that have not failed.
-func (u *upload) hand(c *sharedChunk) {
+// hand gives a chunk, whose fragment is ready, to a shard that has not failed.
+func (u *upload) hand(c *sharedChunk, shard int) {
 	for _, s := range u.shards {
+		if s.shard != shard {
+			continue
+		}
 		s.mu.Lock()
 		if s.failed == nil {
 			c.refs.Add(1)
@@ -134,7 +138,6 @@ func (u *upload) hand(c *sharedChunk) {
 		}
 		s.mu.Unlock()
 	}
-	c.release(1)
 }
 
 // end says that no more chunks come.
@@ -158,16 +161,14 @@ func (s *shardWriter) run() {
 		s.fail(fmt.Errorf("device %s was taken out of the registry: %w", s.u.m.Shards[s.shard], asd.ErrUnavailable))
 	}
 	var sending sync.WaitGroup
-	slots := make(chan struct{}, appliesAtOnce)
 	marked := false
 	for c := range s.queue {
-		if c.last && s.left() == 1 {
+		if c.Last && s.left() == 1 {
 			sending.Wait()
 			marked = s.send(c, true)
 			continue
 		}
-		slots <- struct{}{}
-		sending.Go(func() { s.send(c, false); <-slots })
+		sending.Go(func() { s.send(c, false) })
 	}
 	sending.Wait()
 	if s.err() == nil && !marked && s.ctx.Err() == nil {
