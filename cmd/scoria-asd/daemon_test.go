@@ -285,6 +285,47 @@ func TestStopAndContinue(t *testing.T) {
 	p.term()
 }
 
+// TestSalvage: a daemon whose key-value store's log has a bad bit does not start and
+// says what to do, and starts after that was done.
+func TestSalvage(t *testing.T) {
+	dir := t.TempDir()
+	p := start(t, dir)
+	for i := range 20 {
+		put := []asd.Update{asd.Put(fmt.Sprint("key-", i), asd.NewValue(make([]byte, 1000)))}
+		must(t, p.client.Apply(within(t), nil, put, asd.PriorityGuest))
+	}
+	p.kill()
+	logs, err := filepath.Glob(dir + "/kv/*.log")
+	must(t, err)
+	f, err := os.OpenFile(logs[len(logs)-1], os.O_RDWR, 0)
+	must(t, err)
+	_, err = f.WriteAt([]byte("rotten"), 3000)
+	must(t, errors.Join(err, f.Close()))
+	var out bytes.Buffer
+	refused := child("--data-dir", dir, "--listen", "127.0.0.1:0")
+	refused.Stdout, refused.Stderr = &out, &out
+	must(t, refused.Start())
+	ended := make(chan error, 1)
+	go func() { ended <- refused.Wait() }()
+	select {
+	case err = <-ended:
+	case <-time.After(patience):
+		_ = refused.Process.Kill()
+		t.Fatalf("it runs: %v", <-ended)
+	}
+	if err == nil || !strings.Contains(out.String(), "scoria-asd salvage") {
+		t.Fatalf("%v\n%s", err, &out)
+	}
+	if out, err := child("salvage", "--data-dir", dir).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	p = start(t, dir)
+	if _, err := p.client.Get(within(t), "key-0", asd.PriorityGuest); err != nil {
+		t.Error("what was put before the damage:", err)
+	}
+	p.term()
+}
+
 func TestMetrics(t *testing.T) {
 	dir := t.TempDir()
 	ln, err := remote.Listen("127.0.0.1:0", remote.Security{}) // a free port
@@ -319,6 +360,7 @@ func TestBadArguments(t *testing.T) {
 		{[]string{"--data-dir", t.TempDir(), "--log-level", "loud"}, "--log-level"},
 		{[]string{"--data-dir", t.TempDir(), "--listen", "127.0.0.1:0", "--id", "2f0c8a52-95fd-4a29-8db4-5f4e7b3b3f3c"}, "another ASD"},
 		{[]string{"verify", "--data-dir", t.TempDir()}, "no ASD there"},
+		{[]string{"salvage", "--data-dir", t.TempDir()}, "no ASD there"},
 	} {
 		out, err := child(c.args...).CombinedOutput()
 		if err == nil || !strings.Contains(string(out), c.want) {

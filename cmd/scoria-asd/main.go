@@ -52,7 +52,7 @@ power. When a sync of the disk fails no write is taken until the next start.`,
 	}
 	f.disk(cmd)
 	f.serve(cmd)
-	cmd.AddCommand(verifyCommand(), docsCommand())
+	cmd.AddCommand(verifyCommand(), salvageCommand(), docsCommand())
 	cmd.CompletionOptions.DisableDefaultCmd = true
 	return cmd
 }

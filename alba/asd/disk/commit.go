@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"time"
 
 	"scoria/alba/asd"
 
@@ -16,6 +17,8 @@ const (
 	// maxGroup and maxGroupBytes bound what shares one sync.
 	maxGroup      = 256
 	maxGroupBytes = 8 << 20
+	// settleAfter without a commit the last one is followed by another; see settle.
+	settleAfter = time.Second
 	// sampleEvery is how many commits pass between looks at what the key-value
 	// store takes.
 	sampleEvery = 64
@@ -25,6 +28,8 @@ const (
 // updates that they guard are one step.
 func (d *Disk) commitLoop() {
 	var held []*applyReq // repair requests that wait while guests commit
+	unsettled := time.NewTimer(settleAfter)
+	defer unsettled.Stop()
 	for n := 1; ; n++ {
 		var first *applyReq
 		if len(held) > 0 {
@@ -36,16 +41,32 @@ func (d *Disk) commitLoop() {
 		} else {
 			select {
 			case first = <-d.queue:
+			case <-unsettled.C:
+				d.settle()
+				continue
 			case <-d.stop:
+				d.settle()
 				return
 			}
 		}
 		var group []*applyReq
 		group, held = d.gather(first, held)
 		d.commitGroup(group)
+		unsettled.Reset(settleAfter)
 		if n%sampleEvery == 0 {
 			d.sampleKV()
 		}
+	}
+}
+
+// settle writes a record behind the last one that counts: damage to the last record of
+// a log can't be told from a write that was cut short, to those before it can.
+func (d *Disk) settle() {
+	if d.failErr() != nil {
+		return
+	}
+	if err := d.db.Set(metaKey, d.state.Load().encode(), pebble.Sync); err != nil {
+		d.fail(fmt.Errorf("key-value store: %w", kvError(err)))
 	}
 }
 

@@ -44,6 +44,9 @@ type Options struct {
 	// Handles bounds the open value files; 0 means 1024. Each keeps its checksums
 	// in memory, 4 bytes per block.
 	Handles int
+	// Salvage opens an ASD whose key-value store's log is damaged, without what the log
+	// held from there on. Otherwise it is refused (asd.ErrCorrupt).
+	Salvage bool
 	Log     zerolog.Logger
 }
 
@@ -74,6 +77,7 @@ type Disk struct {
 	db   *pebble.DB
 	// tableOpts is how Verify reads the key-value store's tables.
 	tableOpts sstable.ReaderOptions
+	durable   *durableSizes // of the key-value store's log and manifest
 	lock      io.Closer
 	gate      *gate
 	handles   *handles
@@ -130,6 +134,7 @@ func Open(fsys vfs.FS, dir string, opts Options) (*Disk, error) {
 		stuck:  make(chan struct{}),
 		dirs:   make(map[uint64]struct{}),
 	}
+	d.durable = &durableSizes{files: map[string]int64{}}
 	d.handles = newHandles(d, opts.Handles)
 	if err := d.start(); err != nil {
 		_ = lock.Close()
@@ -169,6 +174,11 @@ func (d *Disk) start() error {
 	}
 	m, err := d.loadMeta(fresh, known)
 	if err == nil && fresh {
+		// The log of a new store is begun in Pebble's oldest format, whose chunks don't say
+		// how far it was durable (see kvwal.go). This begins another.
+		err = kvError(d.db.Flush())
+	}
+	if err == nil && fresh {
 		err = writeIdentity(d.fs, d.dir, m.id)
 	}
 	if err != nil {
@@ -191,8 +201,11 @@ func (d *Disk) start() error {
 
 func (d *Disk) openKV(fresh bool) error {
 	dir := path.Join(d.dir, "kv")
+	if err := d.checkKV(dir); err != nil {
+		return err
+	}
 	opts := &pebble.Options{
-		FS:                          kvFS{d.fs},
+		FS:                          kvFS{d.fs, d.durable},
 		FormatMajorVersion:          kvFormat,
 		ErrorIfNotExists:            !fresh,
 		CacheSize:                   d.opts.CacheBytes,
@@ -218,6 +231,27 @@ func (d *Disk) openKV(fresh bool) error {
 	}
 	d.db = db
 	return nil
+}
+
+// checkKV finds damage that Pebble would take for the end of what was written, and
+// mends what can be mended.
+func (d *Disk) checkKV(dir string) error {
+	if _, err := d.fs.Stat(dir); isNotExist(err) {
+		return nil
+	}
+	mended, err := mendManifests(d.fs, dir)
+	if err != nil {
+		return fmt.Errorf("key-value store: %w: %w", asd.ErrCorrupt, err)
+	}
+	for _, name := range mended {
+		d.n.corruptBlocks.Add(1)
+		d.log.Warn().Str("file", name).Msg("a damaged file of the key-value store was written anew from its copy")
+	}
+	cut, err := checkLogs(d.fs, dir, d.opts.Salvage)
+	for _, text := range cut {
+		d.log.Error().Str("file", text).Msg("what the key-value store's log held from there on is given up; the whole file is kept as *.damaged")
+	}
+	return err
 }
 
 // loadMeta reads or makes the ASD's state and reserves ids for this run.

@@ -8,6 +8,8 @@
 //	lock                     held while the ASD is open
 //	identity                 the ASD's UUID and the version of this layout, JSON
 //	kv/                      Pebble: records of values, small values, epochs, state
+//	kv/MANIFEST-….twin       a second copy of Pebble's manifest of that name, byte by byte
+//	kv/….log.damaged         a log as it was before it was cut by Options.Salvage
 //	values/DDDDDDDDDDDD/I…   one file per large value; see valuefile.go. That of an adopted
 //	                         value is a link to a file that another part of this process
 //	                         wrote: the value is a part of it, without a head
@@ -69,6 +71,14 @@
 // the key again repairs it. Pebble checks its own blocks. If one of them is bad
 // outside of a value's record, keys may be lost that this ASD can't name: it then
 // says so in Stats.Damaged, and its data belongs elsewhere.
+//
+// What Pebble reads only at its start, its log and its manifest, it would take for
+// shorter than it was, without an error. So the manifest is there twice and mended
+// from the sound copy, and a log that is known to have been longer is refused
+// (asd.ErrCorrupt). Only damage to the very last record of a log can't be told from a
+// write that the death of the daemon cut short; a second after the last Apply, and in
+// Close, a record that says nothing new follows. Verify reads log, manifest and
+// identity as well, and mends them from what is in memory.
 //
 // # Goroutines
 //

@@ -119,6 +119,13 @@ func FuzzDecode(f *testing.F) {
 	f.Add((&meta{}).encode())
 	b, _ := encodeIdentity(goldenID)
 	f.Add(b)
+	for _, name := range []string{"testdata/v1/kv/000007.log", "testdata/v1/kv/MANIFEST-000006"} {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if r, err := decodeRecord(b); err == nil && r.fileID == 0 && int64(len(r.data)) != r.size {
 			t.Fatalf("%+v", r)
@@ -130,5 +137,12 @@ func FuzzDecode(f *testing.F) {
 			t.Fatalf("%+v", m)
 		}
 		_, _ = decodeIdentity("identity", b)
+		if end := walEnd(b, 7); end < 0 || end > int64(len(b)) {
+			t.Fatalf("a log of %d bytes ends at %d", len(b), end)
+		}
+		_, _ = walDamage(b, 7)
+		if good, err := better(b, nil); err != nil || !bytes.HasPrefix(b, good) {
+			t.Fatalf("%q of a manifest %q: %v", good, b, err)
+		}
 	})
 }

@@ -3,8 +3,11 @@ package disk
 import (
 	"io"
 	"io/fs"
+	"maps"
 	"path"
+	"slices"
 	"strings"
+	"sync"
 
 	"scoria/alba/vfs"
 
@@ -12,8 +15,12 @@ import (
 )
 
 // kvFS gives Pebble the file system that Scoria's tests can crash. Names have
-// forward slashes, as both sides want them.
-type kvFS struct{ fs vfs.FS }
+// forward slashes, as both sides want them. Manifests get a twin (see kvtwin.go),
+// and durable, if set, is told how far logs and manifests are durable.
+type kvFS struct {
+	fs      vfs.FS
+	durable *durableSizes
+}
 
 var _ pebblevfs.FS = kvFS{}
 
@@ -43,14 +50,27 @@ func (k kvFS) Create(name string, _ pebblevfs.DiskWriteCategory) (pebblevfs.File
 			_ = f.Close()
 		}
 	}
-	return k.wrap(f, name, err)
+	var twin vfs.File
+	if err == nil && isManifest(name) {
+		if twin, err = k.fs.Open(name+twinSuffix, vfs.Create); err == nil {
+			err = twin.Truncate(0)
+		}
+		if err != nil {
+			_ = f.Close()
+		}
+	}
+	opened, err := k.wrap(f, name, err)
+	if err == nil {
+		opened.(*kvFile).twin = twin
+	}
+	return opened, err
 }
 
 func (k kvFS) wrap(f vfs.File, name string, err error) (pebblevfs.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &kvFile{File: f, fs: k.fs, name: name}, nil
+	return &kvFile{File: f, fs: k, name: name}, nil
 }
 
 // Link implements pebble's vfs.FS.
@@ -76,8 +96,18 @@ func (k kvFS) OpenDir(name string) (pebblevfs.File, error) {
 	return &kvDir{fs: k.fs, name: name}, nil
 }
 
-// Remove implements pebble's vfs.FS.
-func (k kvFS) Remove(name string) error { return k.fs.Remove(name) }
+// Remove implements pebble's vfs.FS. A twin that a crash leaves behind is removed at
+// the next start.
+func (k kvFS) Remove(name string) error {
+	k.durable.forget(name)
+	if err := k.fs.Remove(name); err != nil || !isManifest(name) {
+		return err
+	}
+	if err := k.fs.Remove(name + twinSuffix); err != nil && !isNotExist(err) {
+		return err
+	}
+	return nil
+}
 
 // RemoveAll implements pebble's vfs.FS.
 func (k kvFS) RemoveAll(name string) error { return k.fs.RemoveAll(name) }
@@ -87,6 +117,7 @@ func (k kvFS) Rename(oldName, newName string) error { return k.fs.Rename(oldName
 
 // ReuseForWrite implements pebble's vfs.FS.
 func (k kvFS) ReuseForWrite(oldName, newName string, _ pebblevfs.DiskWriteCategory) (pebblevfs.File, error) {
+	k.durable.forget(oldName)
 	if err := k.fs.Rename(oldName, newName); err != nil {
 		return nil, err
 	}
@@ -140,8 +171,9 @@ func (kvInfo) DeviceID() pebblevfs.DeviceID { return pebblevfs.DeviceID{} }
 // calls those from one goroutine at a time.
 type kvFile struct {
 	vfs.File
-	fs       vfs.FS
+	fs       kvFS
 	name     string
+	twin     vfs.File // of a manifest that is being written; else nil
 	position int64
 }
 
@@ -158,15 +190,42 @@ func (f *kvFile) Read(p []byte) (int, error) {
 // Write implements pebble's vfs.File.
 func (f *kvFile) Write(p []byte) (int, error) {
 	n, err := f.WriteAt(p, f.position)
+	if err == nil && f.twin != nil {
+		_, err = f.twin.WriteAt(p, f.position)
+	}
 	f.position += int64(n)
 	return n, err
+}
+
+// Sync implements pebble's vfs.File.
+func (f *kvFile) Sync() error {
+	size := f.position
+	err := f.File.Sync()
+	if err == nil && f.twin != nil {
+		err = f.twin.Sync()
+	}
+	if err == nil {
+		f.fs.durable.note(f.name, size)
+	}
+	return err
+}
+
+// Close implements pebble's vfs.File.
+func (f *kvFile) Close() error {
+	err := f.File.Close()
+	if f.twin != nil {
+		if twinErr := f.twin.Close(); err == nil {
+			err = twinErr
+		}
+	}
+	return err
 }
 
 // Preallocate implements pebble's vfs.File.
 func (f *kvFile) Preallocate(offset, length int64) error { return f.Allocate(offset, length) }
 
 // Stat implements pebble's vfs.File. Nobody stats a file that was renamed while open.
-func (f *kvFile) Stat() (pebblevfs.FileInfo, error) { return kvFS{f.fs}.Stat(f.name) }
+func (f *kvFile) Stat() (pebblevfs.FileInfo, error) { return f.fs.Stat(f.name) }
 
 // SyncTo implements pebble's vfs.File.
 func (f *kvFile) SyncTo(length int64) (bool, error) { return false, f.StartWriteback(0, length) }
@@ -179,6 +238,47 @@ func (f *kvFile) Prefetch(int64, int64) error { return nil }
 
 // Fd implements pebble's vfs.File.
 func (f *kvFile) Fd() uintptr { return pebblevfs.InvalidFd }
+
+// durableSizes are how many bytes of each log and manifest are durable and are not
+// changed any more. Safe from any goroutine; a nil one knows nothing. The lock is a
+// leaf.
+type durableSizes struct {
+	mu    sync.Mutex
+	files map[string]int64
+}
+
+func (s *durableSizes) note(name string, size int64) {
+	if _, log := walNumber(name); s == nil || !log && !isManifest(name) {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.files[name] = max(size, s.files[name])
+}
+
+func (s *durableSizes) forget(name string) {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.files, name)
+}
+
+// list returns the files' names, sorted.
+func (s *durableSizes) list() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Sorted(maps.Keys(s.files))
+}
+
+// of returns a file's size; false if the key-value store has removed it.
+func (s *durableSizes) of(name string) (int64, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	size, ok := s.files[name]
+	return size, ok
+}
 
 // kvDir is a directory opened for Sync.
 type kvDir struct {
@@ -209,7 +309,7 @@ func (d *kvDir) WriteAt([]byte, int64) (int, error) { return 0, d.refuse("write"
 func (*kvDir) Preallocate(int64, int64) error { return nil }
 
 // Stat implements pebble's vfs.File.
-func (d *kvDir) Stat() (pebblevfs.FileInfo, error) { return kvFS{d.fs}.Stat(d.name) }
+func (d *kvDir) Stat() (pebblevfs.FileInfo, error) { return kvFS{fs: d.fs}.Stat(d.name) }
 
 // Sync implements pebble's vfs.File.
 func (d *kvDir) Sync() error { return d.fs.SyncDir(d.name) }

@@ -249,8 +249,79 @@ func (v *verifier) tables(ctx context.Context, from string) error {
 			v.bad("", fmt.Errorf("%s: %w", name, err))
 		}
 	}
+	if err := v.journals(ctx); err != nil {
+		return err
+	}
 	v.res.Next, v.res.Done = "", true
 	return nil
+}
+
+// journals checks what the key-value store reads at its next start only: its log,
+// its manifest and the ASD's identity. All of them are in memory as well, or twice on
+// the disk, so that they are mended at once.
+func (v *verifier) journals(ctx context.Context) error {
+	if err := v.d.gate.acquire(ctx, asd.PriorityRepair); err != nil {
+		return err
+	}
+	defer v.d.gate.release(asd.PriorityRepair)
+	for _, name := range v.d.durable.list() {
+		size, ok := v.d.durable.of(name)
+		var reason string
+		var err error
+		if number, log := walNumber(name); log {
+			reason, err = v.d.verifyLog(name, number, size)
+		} else {
+			reason, err = v.d.verifyManifest(name, size)
+		}
+		v.res.Bytes += size
+		if _, still := v.d.durable.of(name); !ok || !still {
+			continue // it is no longer needed
+		}
+		if err != nil {
+			return err
+		}
+		if reason != "" {
+			v.d.n.corruptBlocks.Add(1)
+			v.bad("", fmt.Errorf("%s: %s", path.Base(name), reason))
+		}
+	}
+	if id, err := readIdentity(v.d.fs, v.d.dir); err != nil || id != v.d.id {
+		v.d.n.corruptBlocks.Add(1)
+		if werr := writeIdentity(v.d.fs, v.d.dir, v.d.id); werr != nil {
+			return werr
+		}
+		v.bad("", errors.New("identity: was damaged, and is written anew"))
+	}
+	return nil
+}
+
+// verifyLog reads the log's durable part. If it is damaged, what it is for is written
+// into a table.
+func (d *Disk) verifyLog(name string, number uint32, size int64) (reason string, err error) {
+	b, err := readAll(d.fs, name)
+	if err != nil {
+		return "", err
+	}
+	end := walEnd(b[:min(size, int64(len(b)))], number)
+	if end >= size {
+		return "", nil
+	}
+	if err := d.db.Flush(); err != nil {
+		return "", fmt.Errorf("write a damaged log's contents into a table: %w", kvError(err))
+	}
+	return fmt.Sprintf("damaged at byte %d; its contents are written into a table", end), nil
+}
+
+func (d *Disk) verifyManifest(name string, size int64) (reason string, err error) {
+	mended, err := verifyManifest(d.fs, name, size)
+	switch {
+	case errors.Is(err, errTwins):
+		d.setDamaged(path.Base(name) + ": " + err.Error())
+		return err.Error(), nil
+	case err != nil || len(mended) == 0:
+		return "", err
+	}
+	return fmt.Sprintf("%s: was damaged, and is written anew from its copy", mended[0]), nil
 }
 
 // tableNames lists the files of the sorted tables that the key-value store consists of.
@@ -271,7 +342,7 @@ func (d *Disk) tableNames() ([]string, error) {
 
 // verifyTable reads a sorted table from the disk.
 func (d *Disk) verifyTable(ctx context.Context, name string) (size int64, err error) {
-	f, err := kvFS{d.fs}.Open(name)
+	f, err := kvFS{fs: d.fs}.Open(name)
 	if err != nil {
 		return 0, kvError(err)
 	}
