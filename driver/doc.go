@@ -78,7 +78,7 @@
 // A clone takes its ancestors' metaMu with its own checkpoints.mu held, never the
 // other way round.
 //
-// fileCache.mu, crcCache.mu, liveTable.mu, parked.mu, storeWaits.mu, conds.mu, claims.mu, users.mu are
+// fileCache.mu, crcCache.mu, sumCache.mu, liveTable.mu, parked.mu, storeWaits.mu, conds.mu, claims.mu, users.mu are
 // leaves. Nothing waits for a disk, a store or the pool while it holds gate, except
 // the end of a rollback, when no front end has the volume.
 //

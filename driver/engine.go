@@ -39,6 +39,7 @@ type Engine struct {
 	cache *cache.Cache
 	crcs  crcCache
 	files *fileCache
+	sums  sumCache
 
 	adopted bool
 	drain   atomic.Bool

@@ -207,3 +207,10 @@ func IsNoRoom(err error) bool { return errors.Is(err, errNoRoom) }
 
 // MapResident reports whether the map pages of clusters are in memory.
 func (v *Volume) MapResident(first, n uint64) bool { return v.m.Resident(first, n) }
+
+// SumsHeld is how many checksums of pages wait for an upload.
+func (e *Engine) SumsHeld() int {
+	e.sums.mu.Lock()
+	defer e.sums.mu.Unlock()
+	return e.sums.held
+}

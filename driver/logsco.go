@@ -39,6 +39,7 @@ type logSCO struct {
 
 	// The rest belongs to whoever holds vol.ioMu.
 	file     vfs.File
+	created  bool   // this process made file: what lies in it is known
 	spilledC uint32 // clusters written to file
 	spilledR uint32 // records written to file
 	blocksC  uint32 // clusters whose blocks in the file have been written once

@@ -490,7 +490,8 @@ func (v *Volume) sealReplayed(s *replaySCO) error {
 		}
 		tlog.Put(encoded[i*tlog.Size:], key, uint32(i), r)
 	}
-	m, err := sealFile(s.file, &s.hdr, clusters, s.cut, encoded, crcs, s.file.Sync)
+	t, footer := s.hdr.Footer(clusters, s.cut, encoded, crcs)
+	m, err := sealFile(s.file, &t, footer, s.file.Sync)
 	if err != nil {
 		return fmt.Errorf("SCO %d: %w", s.number, err)
 	}

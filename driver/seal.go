@@ -7,11 +7,10 @@ import (
 	"scoria/driver/sco"
 )
 
-// sealFile writes records, CRC table and trailer behind the clusters and makes
-// the file final. The order matters: a crash before the truncation finds the
+// sealFile writes a footer (records, CRC table and trailer) behind the clusters and
+// makes the file final. The order matters: a crash before the truncation finds the
 // open format, one after it the trailer at the end of the file.
-func sealFile(f vfs.File, h *sco.Header, clusters, records uint32, encoded []byte, crcs []uint32, sync func() error) (*scoMeta, error) {
-	t, footer := h.Footer(clusters, records, encoded, crcs)
+func sealFile(f vfs.File, t *sco.Trailer, footer []byte, sync func() error) (*scoMeta, error) {
 	if _, err := f.WriteAt(aligned(footer), t.RecordOff); err != nil {
 		return nil, fmt.Errorf("write footer: %w", err)
 	}
@@ -24,7 +23,7 @@ func sealFile(f vfs.File, h *sco.Header, clusters, records uint32, encoded []byt
 	if err := sync(); err != nil {
 		return nil, err
 	}
-	m := metaOf(&t)
+	m := metaOf(t)
 	m.local = true
 	return m, nil
 }
@@ -53,12 +52,16 @@ func (v *Volume) seal(l *logSCO) error {
 		}
 	}
 	l.unsynced = true
-	m, err := sealFile(l.file, &l.hdr, clusters, records, encoded, crcs, func() error { return v.syncFile(l) })
+	t, footer := l.hdr.Footer(clusters, records, encoded, crcs)
+	m, err := sealFile(l.file, &t, footer, func() error { return v.syncFile(l) })
 	if err != nil {
 		return fmt.Errorf("SCO %d: %w", l.hdr.Number, err)
 	}
 	l.durable.Store(records)
 	v.stats.spilled.Add(uint64(m.size - m.crcOff + sco.RecordBytes(records)))
+	if l.created {
+		v.eng.sums.put(v.fileKey(m), sco.SealedSums(&l.hdr, &t, crcs, footer))
+	}
 	v.metaMu.Lock() // a checkpoint sees it here or there, not twice
 	v.scos[m.number] = m
 	v.unlist(l)

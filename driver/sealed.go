@@ -284,7 +284,7 @@ func (v *Volume) uploadOne(m *scoMeta) error {
 	v.putSince.Store(time.Now().UnixNano())
 	defer v.stats.stages[StageStore].since(time.Now())
 	err = v.cfg.Store.Put(v.ctx, v.namespace(), v.objectOf(m), v.cfg.Epoch,
-		Object{Data: f, Size: m.size, LocalPath: v.pathOf(m), Sums: func() ([]uint32, error) { return sco.PageSums(f, m.size) }})
+		Object{Data: f, Size: m.size, LocalPath: v.pathOf(m), Sums: func() ([]uint32, error) { return v.pageSums(m, f) }})
 	v.putSince.Store(0)
 	if err != nil {
 		return err

@@ -259,6 +259,7 @@ func (v *Volume) ensureFile(l *logSCO) error {
 		f.Close()
 		return fmt.Errorf("create %s: %w", name, err)
 	}
+	l.created = true
 	return nil
 }
 

@@ -46,6 +46,28 @@ func PageSums(r io.ReaderAt, size int64) ([]uint32, error) {
 	return sums, readSums(r, sums, known)
 }
 
+// SealedSums is PageSums from memory, of the SCO that begins with h and ends with the
+// footer that belongs to t; crcs are its clusters'. A checksum of 0 stands for a cluster
+// that is not known, as in the CRC table: then, or if there is a gap before the footer,
+// it returns nil.
+func SealedSums(h *Header, t *Trailer, crcs []uint32, footer []byte) []uint32 {
+	if t.Generation > 0 || t.RecordOff != DataOff(t.Clusters) {
+		return nil
+	}
+	sums := make([]uint32, 0, t.Size()/Page)
+	sums = append(sums, tlog.CRC(h.Encode()))
+	for _, c := range crcs[:t.Clusters] {
+		if c == 0 {
+			return nil
+		}
+		sums = append(sums, c)
+	}
+	for off := 0; off < len(footer); off += Page {
+		sums = append(sums, tlog.CRC(footer[off:off+Page]))
+	}
+	return sums
+}
+
 // readSums computes the sums that are not known.
 func readSums(r io.ReaderAt, sums []uint32, known []bool) error {
 	const most = 256 // pages at a time

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"slices"
 	"testing"
 
 	"scoria/driver/tlog"
@@ -86,6 +87,43 @@ func TestPageSumsCompacted(t *testing.T) {
 	for i := range sums {
 		if want := tlog.CRC(out[i*Page : (i+1)*Page]); sums[i] != want {
 			t.Errorf("page %d: %08x, want %08x", i, sums[i], want)
+		}
+	}
+}
+
+// TestSealedSums: what is computed from memory is what PageSums reads; a cluster without
+// a checksum, a gap before the footer or a later generation leaves it to that.
+func TestSealedSums(t *testing.T) {
+	const clusters = 20
+	sealed, trailer, recs := buildSealed(&goldenHeader, clusters)
+	footer := sealed[trailer.RecordOff:]
+	var crcs []uint32
+	for i := range recs {
+		if recs[i].HasData() {
+			crcs = append(crcs, recs[i].DataCRC)
+		}
+	}
+	want, err := PageSums(bytes.NewReader(sealed), int64(len(sealed)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if trailer.RecordOff != DataOff(clusters) {
+		t.Fatalf("the records lie at %d: not the case that is tested", trailer.RecordOff)
+	}
+	if got := SealedSums(&goldenHeader, &trailer, crcs, footer); !slices.Equal(got, want) {
+		t.Errorf("sums %x, want %x", got, want)
+	}
+	gap, later, unknown := trailer, trailer, slices.Clone(crcs)
+	gap.RecordOff += Page
+	later.Generation = 1
+	unknown[7] = 0
+	for name, sums := range map[string][]uint32{
+		"a gap":              SealedSums(&goldenHeader, &gap, crcs, footer),
+		"a later generation": SealedSums(&goldenHeader, &later, crcs, footer),
+		"an unknown cluster": SealedSums(&goldenHeader, &trailer, unknown, footer),
+	} {
+		if sums != nil {
+			t.Errorf("%s: %d sums", name, len(sums))
 		}
 	}
 }
