@@ -38,6 +38,7 @@ type sample struct {
 	// cpuAll is the server's CPU time from the begin of the load until the server
 	// was quiet again, in seconds per million operations: what it puts off counts.
 	cpuAll float64
+	shares // tail rows: who had the server's CPU
 }
 
 func (r results) put(workload, server string, round int, res sample) {
@@ -140,6 +141,7 @@ func (b *bench) measure(ctx context.Context) {
 			b.fail("placement "+placement, b.measurePlacement(ctx, placement))
 		}
 	}
+	b.tailFigures()
 	if !b.cfg.servers[scoriaName] {
 		return
 	}
@@ -329,39 +331,6 @@ func (s *server) measure(ctx context.Context, spec load.Spec) (res sample, err e
 		res.cpuAll = (after.CPU - before.CPU).Seconds() / float64(res.AllOps) * 1e6
 	}
 	return res, err
-}
-
-// tails measures each server at half the rate that it has shown in this round, and
-// an ideal server at Scoria's.
-func (b *bench) tails(ctx context.Context, round int, servers []*server) error {
-	for _, t := range []struct {
-		row, of string
-		percent int
-	}{{rowTailWrite, "A-write-d32", 0}, {rowTailRead, "A-read-d32", 100}} {
-		if !b.wants(t.row) {
-			continue
-		}
-		for _, s := range servers {
-			full := b.results[t.of][s.name]
-			if len(full) <= round || full[round] == nil {
-				continue
-			}
-			w := workload{name: t.row, placement: placementA}
-			w.spec = load.Spec{Random: true, Depth: idealDepth, ReadPercent: t.percent, Rate: full[round].IOPS / 2}
-			if err := b.one(ctx, w, round, s); err != nil {
-				return err
-			}
-			if s.name != scoriaName {
-				continue
-			}
-			res, err := b.measureIdeal(ctx, w.spec.Rate, time.Duration(1e9/full[round].IOPS))
-			if err != nil {
-				return fmt.Errorf("%s on an ideal server: %w", t.row, err)
-			}
-			b.results.put(t.row, idealName, round, res)
-		}
-	}
-	return nil
 }
 
 // newScoriad prepares a daemon with fresh directories.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"sync/atomic"
@@ -36,6 +37,7 @@ type idealRing struct {
 // service for each, for as long as another measurement.
 func (b *bench) measureIdeal(ctx context.Context, rate float64, service time.Duration) (res sample, err error) {
 	ring := &idealRing{}
+	var served error
 	epoch := time.Now()
 	ready, ended := make(chan error), make(chan struct{})
 	go func() {
@@ -43,9 +45,15 @@ func (b *bench) measureIdeal(ctx context.Context, rate float64, service time.Dur
 		runtime.LockOSThread() // never unlocked: the thread is pinned and ends here
 		err := load.PinThread(b.cfg.serverCPU)
 		ready <- err
-		if err == nil {
-			ring.serve(epoch, service)
+		if err != nil {
+			return
 		}
+		first, from := myThread()
+		ring.serve(epoch, service)
+		last, to := myThread()
+		served = errors.Join(from, to)
+		res.waited = last.waited - first.waited
+		res.length = time.Since(epoch)
 	}()
 	if err := <-ready; err != nil {
 		return res, fmt.Errorf("pin to CPU %d: %w", b.cfg.serverCPU, err)
@@ -55,7 +63,7 @@ func (b *bench) measureIdeal(ctx context.Context, rate float64, service time.Dur
 		runtime.LockOSThread()
 		err := load.PinThread(b.cfg.clientCPU)
 		if err == nil {
-			ring.drive(ctx, epoch, rate, b.cfg.seconds, &res)
+			ring.drive(ctx, epoch, rate, b.tailTime(), &res)
 		}
 		driven <- err
 	}()
@@ -64,6 +72,9 @@ func (b *bench) measureIdeal(ctx context.Context, rate float64, service time.Dur
 	<-ended
 	if err != nil {
 		return res, fmt.Errorf("pin to CPU %d: %w", b.cfg.clientCPU, err)
+	}
+	if served != nil {
+		return res, served
 	}
 	return res, ctx.Err()
 }

@@ -11,8 +11,9 @@
 // its whole engine: log, CRC, map. Rows that need a disk (write and flush,
 // sustained writes) are compared with what the disk under the data directory does
 // for a bare loop in the same minutes. The tail rows, p99.9 at half load in an open
-// loop, stand beside an ideal server's on the same CPUs: a stall of a millisecond,
-// whoever causes it, makes a thousand requests late.
+// loop, stand beside an ideal server's on the same CPUs, and say who had the CPU
+// (tail.go): a stall of a millisecond, whoever causes it, makes a thousand requests
+// late.
 //
 // Every process that it starts is ended by its pid, on Ctrl-C too, and dies with
 // the benchmark; its directories are removed.

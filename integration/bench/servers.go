@@ -21,6 +21,8 @@ type server struct {
 	proc   *process
 	socket string
 	client *client.Client
+	// metrics is the control socket that has the process's metrics; "": none.
+	metrics string
 }
 
 func (s *server) connect(opts client.Options) (err error) {
@@ -150,5 +152,5 @@ func (d *scoriad) startVolume(ctx context.Context, size uint64, cpu int) (*serve
 		d.proc.stop()
 		return nil, err
 	}
-	return &server{name: scoriaName, proc: d.proc, socket: socket}, nil
+	return &server{name: scoriaName, proc: d.proc, socket: socket, metrics: d.control()}, nil
 }

@@ -1,0 +1,53 @@
+package host
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"runtime/metrics"
+	"strings"
+	"testing"
+)
+
+// TestHeapIsRarelyCollected: a small heap grows by what several SCOs need before it
+// is collected, and what makes it so takes no memory itself.
+func TestHeapIsRarelyCollected(t *testing.T) {
+	procs, percent := runtime.GOMAXPROCS(0), debug.SetGCPercent(100)
+	defer func() {
+		runtime.GOMAXPROCS(procs)
+		debug.SetGCPercent(percent)
+	}()
+	before := residentBytes(t)
+	c := DefaultConfig()
+	TuneRuntime(&c)
+	runtime.GC()
+	goal := []metrics.Sample{{Name: "/gc/heap/goal:bytes"}, {Name: "/gc/heap/live:bytes"}}
+	metrics.Read(goal)
+	if room := goal[0].Value.Uint64() - goal[1].Value.Uint64(); room < 128<<20 {
+		t.Errorf("the heap is collected after %d MiB, want at least 128", room>>20)
+	}
+	if grown := residentBytes(t) - before; grown > heapFloorBytes/2 {
+		t.Errorf("the floor of %d MiB took %d MiB", heapFloorBytes>>20, grown>>20)
+	}
+}
+
+// residentBytes is this process's memory that is no file.
+func residentBytes(t *testing.T) int64 {
+	t.Helper()
+	text, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if value, ok := strings.CutPrefix(line, "RssAnon:"); ok {
+			var kib int64
+			if _, err := fmt.Sscan(value, &kib); err != nil {
+				t.Fatal(err)
+			}
+			return kib << 10
+		}
+	}
+	t.Fatal("no RssAnon in /proc/self/status")
+	return 0
+}
