@@ -64,9 +64,9 @@ var (
 	// Putting the key again repairs it.
 	ErrCorrupt = errors.New("checksum mismatch")
 	// ErrFailed: a sync of this ASD's disk failed. It acknowledges no Apply until
-	// it is restarted; reads may still work. Whether the Apply that met this was
-	// done shows only after the restart.
-	ErrFailed = errors.New("ASD's disk failed; it takes no writes until restarted")
+	// the disk was opened anew, which it does by itself when a test write succeeds;
+	// reads may still work. Whether the Apply that met this was done shows only then.
+	ErrFailed = errors.New("ASD's disk failed; it takes no writes until it is opened anew")
 	// ErrUnavailable: the ASD was not reached (or is closing); the request had no
 	// effect. It may be repeated at once or later.
 	ErrUnavailable = errors.New("ASD is unavailable")
@@ -331,7 +331,11 @@ type Stats struct {
 	// a reserve is kept for deleting.
 	Capacity, Used int64
 	Full           bool   // puts are refused
-	Failed         string // why no Apply is taken any more ("" if all is well)
+	Failed         string // why no Apply is taken ("" if all is well), and what is done about it
+	// Reopened is how often the disk was opened anew because it had failed, the last
+	// time because of LastFailure; since the program's start.
+	Reopened    uint64 `json:",omitempty"`
+	LastFailure string `json:",omitempty"`
 	// Damaged: the key-value store met bytes that fail their checksum outside of
 	// a value, so that some keys may be lost; move the data elsewhere and replace it.
 	Damaged string

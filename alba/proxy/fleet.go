@@ -69,6 +69,7 @@ type Member struct {
 	client  asd.Client // nil until it was dialed
 	stats   asd.Stats
 	statted time.Time        // of stats
+	failing time.Time        // since when they say that its disk has failed; zero: they don't
 	full    time.Time        // a put was refused then
 	copies  map[string]int64 // revision of the copy it has, by namespace ID
 }
@@ -203,8 +204,16 @@ func (m *Member) Record() alba.Device {
 	return m.rec
 }
 
-// Down returns why and since when the device can't be used; "" if it can.
-func (m *Member) Down() (reason string, since time.Time) { return m.down() }
+// Down returns why and since when the device can't be used; "" if it can. One whose
+// disk failed is down although it may still be read.
+func (m *Member) Down() (reason string, since time.Time) {
+	if reason, since = m.down(); reason != "" {
+		return reason, since
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.stats.Failed, m.failing
+}
 
 // Up says that the device answered last time, or may be asked again.
 func (m *Member) Up() bool { return m.up(time.Now()) }
@@ -288,6 +297,12 @@ func (m *Member) Poll(ctx context.Context) {
 	}
 	m.mu.Lock()
 	m.stats, m.statted = st, time.Now()
+	switch {
+	case st.Failed == "":
+		m.failing = time.Time{}
+	case m.failing.IsZero():
+		m.failing = m.statted
+	}
 	if !st.Full {
 		m.full = time.Time{}
 	}

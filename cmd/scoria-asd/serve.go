@@ -40,14 +40,14 @@ func run(f *flags) error {
 		return fmt.Errorf("--listen: %w", err)
 	}
 	defer ln.Close()
-	d, err := disk.Open(vfs.OS(), f.dataDir, opts)
+	d, err := disk.Supervise(vfs.OS(), f.dataDir, opts)
 	if err != nil {
 		return err
 	}
 	return errors.Join(serve(f, log, d, ln, terminate), d.Close())
 }
 
-func serve(f *flags, log zerolog.Logger, d *disk.Disk, ln net.Listener, terminate <-chan os.Signal) error {
+func serve(f *flags, log zerolog.Logger, d *disk.Supervised, ln net.Listener, terminate <-chan os.Signal) error {
 	server, err := remote.NewServer(d, remote.ServerOptions{Log: log})
 	if err != nil {
 		return err
@@ -92,7 +92,7 @@ func notify(log zerolog.Logger, state string) {
 	}
 }
 
-func serveMetrics(addr string, d *disk.Disk, s *remote.Server, failed chan<- error) (*http.Server, error) {
+func serveMetrics(addr string, d *disk.Supervised, s *remote.Server, failed chan<- error) (*http.Server, error) {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(&collector{disk: d, server: s}, collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
@@ -113,7 +113,7 @@ func serveMetrics(addr string, d *disk.Disk, s *remote.Server, failed chan<- err
 
 // collector turns the ASD's statistics into metrics.
 type collector struct {
-	disk   *disk.Disk
+	disk   *disk.Supervised
 	server *remote.Server
 }
 
@@ -128,7 +128,8 @@ var (
 	valuesDesc   = desc("value_bytes", "Sum of the values' sizes.")
 	keysDesc     = desc("keys", "Number of keys.")
 	fullDesc     = desc("full", "1 if puts are refused for want of room.")
-	failedDesc   = desc("failed", "1 if a sync failed: no writes until a restart.")
+	failedDesc   = desc("failed", "1 if a sync failed: no writes until the disk is opened anew.")
+	reopenedDesc = desc("reopened_total", "How often the disk was opened anew after it had failed.")
 	damagedDesc  = desc("damaged", "1 if the key-value store is damaged: replace the disk.")
 	connsDesc    = desc("connections", "Connections of clients.")
 	queueDesc    = desc("requests_waiting", "Requests that use the disk or wait for it.", "priority")
@@ -145,7 +146,7 @@ var (
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{infoDesc, capacityDesc, usedDesc, valuesDesc, keysDesc, fullDesc, failedDesc, damagedDesc, connsDesc,
-		queueDesc, getsDesc, appliesDesc, refusedDesc, commitsDesc, readDesc, diskReadDesc, writtenDesc, corruptDesc} {
+		queueDesc, getsDesc, appliesDesc, refusedDesc, commitsDesc, readDesc, diskReadDesc, writtenDesc, corruptDesc, reopenedDesc} {
 		ch <- d
 	}
 }
@@ -189,4 +190,5 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	counter(diskReadDesc, s.DiskReadBytes)
 	counter(writtenDesc, s.WrittenBytes)
 	counter(corruptDesc, s.CorruptBlocks)
+	counter(reopenedDesc, s.Reopened)
 }

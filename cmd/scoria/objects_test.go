@@ -13,7 +13,8 @@ const (
 
 func asds() []control.ASD {
 	return []control.ASD{
-		{ID: asdA, Address: "/srv/disk1", Host: "kvm1", State: "active", Added: created, Up: true, Capacity: 2 << 40, Used: 3 << 30, Shards: 12},
+		{ID: asdA, Address: "/srv/disk1", Host: "kvm1", State: "active", Added: created, Up: true, Capacity: 2 << 40, Used: 3 << 30, Shards: 12,
+			Reopened: 1, LastFailure: "sync /srv/disk1/kv/000012.log: input/output error"},
 		{ID: asdB, Address: "10.0.0.5:9711", Host: "node5", Rack: "r2", Datacentre: "dc1", State: "draining", Added: created, Reason: "connection refused", DownSince: created, Capacity: 1 << 40, Used: 1 << 30, Shards: 4},
 	}
 }

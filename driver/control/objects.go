@@ -76,6 +76,10 @@ type ASD struct {
 	Used       int64     `json:"used"`     // bytes
 	Full       bool      `json:"full"`
 	Shards     int64     `json:"shards"` // parts of objects that it holds
+	// Reopened is how often its disk was opened anew because it had failed, since its
+	// program's start; LastFailure is why the last time.
+	Reopened    uint64 `json:"reopened,omitempty"`
+	LastFailure string `json:"last_failure,omitempty"`
 }
 
 // BackendStatus is how safe the object store is.

@@ -83,11 +83,11 @@ type objectStore struct {
 // embeddedASD is a storage daemon within this process.
 type embeddedASD struct {
 	mu   sync.Mutex
-	disk *disk.Disk // nil: not open
+	disk *disk.Supervised // nil: not open
 }
 
 // borrowed is an embedded storage daemon for the proxy, whose clients come and go.
-type borrowed struct{ *disk.Disk }
+type borrowed struct{ *disk.Supervised }
 
 var (
 	_ asd.Client  = borrowed{}
@@ -153,7 +153,7 @@ func (o *objectStore) dial(_ context.Context, d alba.Device) (asd.Client, error)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.disk == nil {
-		opened, err := disk.Open(o.fs, d.Address, disk.Options{ID: d.ID, Version: "embedded", ReserveBytes: o.reserve(d.Address), Log: o.log})
+		opened, err := disk.Supervise(o.fs, d.Address, disk.Options{ID: d.ID, Version: "embedded", ReserveBytes: o.reserve(d.Address), Log: o.log})
 		if err != nil {
 			return nil, err
 		}

@@ -119,6 +119,7 @@ func asdAnswer(d *repair.DeviceStatus) control.ASD {
 		ID: d.ID, Address: d.Address, Host: d.Host, Rack: d.Rack, Datacentre: d.Datacentre, State: string(d.State), Added: d.Added,
 		Up: d.Reason == "" && d.State != alba.DeviceRemoved, Reason: d.Reason, DownSince: d.Since.UTC(),
 		Capacity: d.Stats.Capacity, Used: d.Stats.Used, Full: d.Stats.Full, Shards: d.Shards,
+		Reopened: d.Stats.Reopened, LastFailure: d.Stats.LastFailure,
 	}
 }
 

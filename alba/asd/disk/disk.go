@@ -47,7 +47,10 @@ type Options struct {
 	// Salvage opens an ASD whose key-value store's log is damaged, without what the log
 	// held from there on. Otherwise it is refused (asd.ErrCorrupt).
 	Salvage bool
-	Log     zerolog.Logger
+	// ReopenAfter, of Supervise: how long after a failure the first attempt is made to
+	// open the disk anew; 0 means 1 s. The wait doubles with each one.
+	ReopenAfter time.Duration
+	Log         zerolog.Logger
 }
 
 const (
@@ -66,6 +69,9 @@ const (
 	reserveIDs = 1 << 20
 )
 
+// errStuck: goroutines and memory of the key-value store stay for good.
+var errStuck = errors.New("key-value store is stuck")
+
 // Disk is the engine: one ASD in one directory. It implements asd.Client and
 // asd.BlockReader.
 type Disk struct {
@@ -75,6 +81,8 @@ type Disk struct {
 	log  zerolog.Logger
 	id   uuid.UUID
 	db   *pebble.DB
+	// access is db's way to its files.
+	access *kvAccess
 	// tableOpts is how Verify reads the key-value store's tables.
 	tableOpts sstable.ReaderOptions
 	durable   *durableSizes // of the key-value store's log and manifest
@@ -136,7 +144,18 @@ func Open(fsys vfs.FS, dir string, opts Options) (*Disk, error) {
 	}
 	d.durable = &durableSizes{files: map[string]int64{}}
 	d.handles = newHandles(d, opts.Handles)
-	if err := d.start(); err != nil {
+	d.access = newKVAccess(fsys, d.fail)
+	// The key-value store may get stuck while it is being opened, too.
+	started := make(chan error, 1)
+	go func() { started <- d.start() }()
+	select {
+	case err = <-started:
+	case <-d.stuck:
+		close(d.stop)
+		d.access.revoke()
+		err = fmt.Errorf("%w: %w", errStuck, d.failErr())
+	}
+	if err != nil {
 		_ = lock.Close()
 		return nil, fmt.Errorf("open ASD in %s: %w", dir, err)
 	}
@@ -205,7 +224,7 @@ func (d *Disk) openKV(fresh bool) error {
 		return err
 	}
 	opts := &pebble.Options{
-		FS:                          kvFS{d.fs, d.durable},
+		FS:                          kvFS{d.access, d.durable},
 		FormatMajorVersion:          kvFormat,
 		ErrorIfNotExists:            !fresh,
 		CacheSize:                   d.opts.CacheBytes,
@@ -312,7 +331,7 @@ func (d *Disk) fail(err error) {
 	if d.failure == nil {
 		d.failure = err
 		close(d.failed)
-		d.log.Error().Err(err).Msg("the disk failed: no writes are taken until the ASD is restarted")
+		d.log.Error().Err(err).Msg("the disk failed: no writes are taken until it is opened anew")
 	}
 }
 
@@ -338,9 +357,9 @@ func (d *Disk) setDamaged(reason string) {
 // ID returns the ASD's UUID.
 func (d *Disk) ID() string { return d.id.String() }
 
-// Close waits for the calls under way, then closes the disk. After a failed
-// write or sync of the key-value store the lock stays with the process:
-// something may still write there.
+// Close waits for the calls under way, then closes the disk. Of a key-value store
+// whose log or manifest failed some goroutines and its memory stay for good, but they
+// reach the disk no more: the directory may be opened again in any case.
 func (d *Disk) Close() error {
 	d.mu.Lock()
 	if d.closed {
@@ -369,12 +388,22 @@ func (d *Disk) Close() error {
 			return fmt.Errorf("close ASD: %w", err)
 		}
 	case <-d.stuck:
-		d.mu.Lock()
-		failure := d.failure
-		d.mu.Unlock()
-		return fmt.Errorf("close ASD: %w: %w", asd.ErrFailed, failure)
+		d.access.revoke()
+		d.handles.close()
+		_ = d.lock.Close()
+		return fmt.Errorf("close ASD: %w", d.failErr())
 	}
 	return nil
+}
+
+// isStuck says that a goroutine of the key-value store will never end.
+func (d *Disk) isStuck() bool {
+	select {
+	case <-d.stuck:
+		return true
+	default:
+		return false
+	}
 }
 
 func isNotExist(err error) bool { return errors.Is(err, fs.ErrNotExist) }

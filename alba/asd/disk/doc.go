@@ -6,6 +6,7 @@
 // # What lies in the directory
 //
 //	lock                     held while the ASD is open
+//	probe                    what a test write leaves behind if it is cut off
 //	identity                 the ASD's UUID and the version of this layout, JSON
 //	kv/                      Pebble: records of values, small values, epochs, state
 //	kv/MANIFEST-….twin       a second copy of Pebble's manifest of that name, byte by byte
@@ -64,8 +65,20 @@
 // A failed sync, of a value file, a directory or the key-value store, is final:
 // what the kernel holds and what the disk has may differ from then on in ways
 // that no later sync reveals. No Apply is acknowledged any more (asd.ErrFailed)
-// until the disk is opened again, which reads Pebble's log back and writes
-// everything in it anew. Reads go on.
+// until the disk is opened again. Reads go on.
+//
+// Supervise opens it again, from 1 s after the failure on and at waits that double up
+// to a minute: when a test write, dropped from the page cache, is read back as it was, calls
+// are refused, the disk is closed and opened as after a crash. What the page cache
+// says of writes that were not synced may be right or wrong: value files that no
+// record names are removed, and Pebble reads its log back as far as it is whole and
+// writes all of it anew, to new tables under a new manifest. What was acknowledged had
+// been synced before, and so it is there.
+//
+// Pebble can't be closed once its log or manifest has failed: goroutines hold its
+// locks for good. Its way to the disk is closed instead (kvAccess), so that what is
+// left of it can write nothing behind the back of the one that is opened next. That
+// costs memory, and is done 16 times at most.
 //
 // Bytes that fail their checksum make the read fail with asd.ErrCorrupt; putting
 // the key again repairs it. Pebble checks its own blocks. If one of them is bad
@@ -85,11 +98,13 @@
 //	committer  commitLoop: the only writer of the key-value store
 //	remover    removeLoop: removes value files
 //	sweeper    sweep: once, from the start on
+//	supervisor Supervised.supervise: opens a failed disk anew
 //
-// and Pebble's own. All of them end in Close.
+// and Pebble's own. All of them end in Close, but for those of a Pebble that is stuck.
 //
 // # Locks
 //
-// Disk.mu, handles.mu and gate.mu are leaves: nothing is called with one of them
-// held but the log.
+// Disk.mu, handles.mu, gate.mu, kvAccess.mu and Supervised.mu are leaves: nothing is
+// called with one of them held but the log. kvAccess.inside is held during each call
+// of Pebble to the file system.
 package disk

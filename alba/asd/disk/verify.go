@@ -10,6 +10,7 @@ import (
 	"scoria/alba/asd"
 	"scoria/alba/vfs"
 
+	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/sstable"
 )
 
@@ -326,7 +327,7 @@ func (d *Disk) verifyManifest(name string, size int64) (reason string, err error
 
 // tableNames lists the files of the sorted tables that the key-value store consists of.
 func (d *Disk) tableNames() ([]string, error) {
-	levels, err := d.db.SSTables()
+	levels, err := d.tables()
 	if err != nil {
 		return nil, fmt.Errorf("list the key-value store's files: %w", kvError(err))
 	}
@@ -338,6 +339,25 @@ func (d *Disk) tableNames() ([]string, error) {
 	}
 	slices.Sort(names)
 	return slices.Compact(names), nil
+}
+
+// tables asks the key-value store, which never answers once it is stuck.
+func (d *Disk) tables() ([][]pebble.SSTableInfo, error) {
+	type answer struct {
+		levels [][]pebble.SSTableInfo
+		err    error
+	}
+	done := make(chan answer, 1)
+	go func() {
+		levels, err := d.db.SSTables()
+		done <- answer{levels, err}
+	}()
+	select {
+	case a := <-done:
+		return a.levels, a.err
+	case <-d.stuck:
+		return nil, d.failErr()
+	}
 }
 
 // verifyTable reads a sorted table from the disk.
