@@ -85,6 +85,18 @@ func TestGoldenRecords(t *testing.T) {
 	golden(t, "manifest.hex", fmt.Sprintf("%x", manifest().Encode()))
 	golden(t, "preset.json", string(alba.Encode(p)))
 	golden(t, "namespace.json", string(alba.Encode(alba.Namespace{Name: "n", ID: alba.ID{1}, Epoch: 2, Preset: "p", Deleting: true, Created: since, Key: key})))
+	rotated := *key
+	rotated.Rotations = 2
+	golden(t, "namespace-2.json", string(alba.Encode(alba.Namespace{Name: "n", ID: alba.ID{1}, Epoch: 2, Preset: "p", Created: since, Key: &rotated})))
+	for _, name := range []string{"namespace.json", "namespace-2.json"} {
+		b, err := os.ReadFile(filepath.Join("testdata", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n, err := alba.Decode[alba.Namespace](b); err != nil || n.Name != "n" || n.Key == nil || n.Key.Rotations != 2*(n.Version-1) {
+			t.Errorf("%s: %+v, %v", name, n, err)
+		}
+	}
 	golden(t, "device.json", string(alba.Encode(alba.Device{ID: "d", Address: "a:1", Host: "h", Rack: "r", Datacentre: "c", State: alba.DeviceDraining, Added: since})))
 	golden(t, "intent.json", string(alba.Encode(alba.Intent{Namespace: "n", Object: "o", Epoch: 3, Move: true, Policy: alba.Policy{K: 1, M: 1, C: 1, X: 1}, Shards: []string{"d", ""}, By: "node", Since: since})))
 	golden(t, "keys.txt", strings.Join([]string{

@@ -30,6 +30,9 @@ type WrappedKey struct {
 	Master string `json:"master"` // which master key: the first 8 bytes of a hash of it, in hex
 	Nonce  []byte `json:"nonce"`
 	Sealed []byte `json:"sealed"`
+	// Rotations counts how often it was wrapped anew. Of several copies of a namespace's
+	// record, the one with the most has the key that is in use.
+	Rotations int `json:"rotations,omitempty"`
 }
 
 // MasterKeys wraps the keys of namespaces. The first key wraps, all unwrap: so a
@@ -146,7 +149,11 @@ func (m *MasterKeys) Rewrap(ns ID, w *WrappedKey) (*WrappedKey, error) {
 	if err != nil || w.Master == m.Current() {
 		return w, err
 	}
-	return m.wrap(ns, key)
+	again, err := m.wrap(ns, key)
+	if err == nil {
+		again.Rotations = w.Rotations + 1
+	}
+	return again, err
 }
 
 func newGCM(key []byte) cipher.AEAD {

@@ -12,8 +12,12 @@ import (
 	"time"
 )
 
-// RecordVersion is the version of all JSON records that this program writes.
-const RecordVersion = 1
+// RecordVersion is the version of the JSON records that this program writes;
+// rotatedVersion that of a namespace whose key was wrapped anew.
+const (
+	RecordVersion  = 1
+	rotatedVersion = 2
+)
 
 // Errors of records and names.
 var (
@@ -153,6 +157,9 @@ func Encode[R Record](r R) []byte {
 		v.Version = RecordVersion
 	case *Namespace:
 		v.Version = RecordVersion
+		if v.Key != nil && v.Key.Rotations > 0 {
+			v.Version = rotatedVersion
+		}
 	case *Device:
 		v.Version = RecordVersion
 	case *Intent:
@@ -174,8 +181,12 @@ func Decode[R Record](b []byte) (R, error) {
 	if err := json.Unmarshal(b, &head); err != nil {
 		return r, fmt.Errorf("%w: %v", ErrRecord, err)
 	}
-	if head.Version < 1 || head.Version > RecordVersion {
-		return r, fmt.Errorf("record of version %d, this program knows %d: %w", head.Version, RecordVersion, ErrVersion)
+	known := RecordVersion
+	if _, ok := any(r).(Namespace); ok {
+		known = rotatedVersion
+	}
+	if head.Version < 1 || head.Version > known {
+		return r, fmt.Errorf("record of version %d, this program knows %d: %w", head.Version, known, ErrVersion)
 	}
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()

@@ -185,16 +185,26 @@ func (p *Proxy) CopyRecords(ctx context.Context, m *Member) {
 	if !m.Up() {
 		return
 	}
+	if err := p.copyRecords(ctx, m); err != nil && ctx.Err() == nil {
+		p.opts.Log.Info().Err(err).Str("asd", m.Record().ID).Msg("presets and namespaces were not copied to the device")
+	}
+}
+
+func (p *Proxy) copyRecords(ctx context.Context, m *Member) error {
 	var updates []asd.Update
-	var err error
 	for _, prefix := range []string{alba.PresetPrefix, alba.NamespacePrefix} {
-		kvs, lerr := p.reg.List(ctx, prefix)
-		err = errors.Join(err, lerr)
+		kvs, err := p.reg.List(ctx, prefix)
+		if err != nil {
+			return err
+		}
 		for _, kv := range kvs {
 			key := alba.PresetCopyKey(strings.TrimPrefix(kv.Key, prefix))
 			if prefix == alba.NamespacePrefix {
-				n, derr := alba.Decode[alba.Namespace](kv.Value)
-				if err = errors.Join(err, derr); derr != nil || n.Deleting {
+				n, err := alba.Decode[alba.Namespace](kv.Value)
+				if err != nil {
+					return fmt.Errorf("%s: %w", kv.Key, err)
+				}
+				if n.Deleting {
 					continue
 				}
 				key = alba.NamespaceCopyKey(n.ID)
@@ -202,23 +212,32 @@ func (p *Proxy) CopyRecords(ctx context.Context, m *Member) {
 			updates = append(updates, asd.Put(key, asd.NewValue(kv.Value)))
 		}
 	}
-	for err == nil && len(updates) > 0 {
+	for len(updates) > 0 {
 		part := updates[:min(len(updates), asd.MaxUpdates)]
 		updates = updates[len(part):]
 		limited, cancel := context.WithTimeout(ctx, purgeTimeout)
-		err = m.Apply(limited, nil, part, asd.PriorityRepair)
+		err := m.Apply(limited, nil, part, asd.PriorityRepair)
 		cancel()
+		if err != nil {
+			return err
+		}
 	}
-	if err != nil && ctx.Err() == nil {
-		p.opts.Log.Info().Err(err).Str("asd", m.Record().ID).Msg("presets and namespaces were not copied to the device")
-	}
+	return nil
 }
 
-// RotateKeys wraps the keys of all namespaces with the current master key and returns
-// how many were wrapped by another. The old master key is not needed any more
-// when it returns without error and all devices were up; until then the copies on
-// devices may still need it.
+// ErrOldKeys: devices still have copies of keys that are wrapped by another master key.
+var ErrOldKeys = errors.New("an older master key is still needed")
+
+// RotateKeys wraps the keys of all namespaces with the current master key, in the
+// registry and in the copies on the devices, and returns how many were wrapped by
+// another in the registry. It may be repeated, also after a crash in its middle. Older
+// master keys are not needed any more when it returns without error. ErrOldKeys names
+// the devices that could not be told: a registry rebuilt from one of them would need
+// an older master key.
 func (p *Proxy) RotateKeys(ctx context.Context) (int, error) {
+	if p.opts.Keys == nil {
+		return 0, fmt.Errorf("rotate keys: %w", alba.ErrNoKey)
+	}
 	kvs, err := p.reg.List(ctx, alba.NamespacePrefix)
 	if err != nil {
 		return 0, err
@@ -237,7 +256,16 @@ func (p *Proxy) RotateKeys(ctx context.Context) (int, error) {
 			rotated++
 		}
 	}
-	return rotated, nil
+	var errs []error
+	for _, m := range p.fleet.Members() {
+		if m.Record().State == alba.DeviceRemoved {
+			continue // it is never read again
+		}
+		if err := p.copyRecords(ctx, m); err != nil {
+			errs = append(errs, fmt.Errorf("%w: device %s: %w", ErrOldKeys, m.Record().ID, err))
+		}
+	}
+	return rotated, errors.Join(errs...)
 }
 
 func (p *Proxy) rotate(ctx context.Context, name string) (bool, error) {
@@ -256,7 +284,6 @@ func (p *Proxy) rotate(ctx context.Context, name string) (bool, error) {
 		n.Key = key
 		n.rev, err = p.reg.Commit(ctx, []alba.Compare{n.compare()}, []alba.Write{n.write()})
 		if err == nil {
-			p.fenceDevices(ctx, &n) // which copies the record
 			return true, nil
 		}
 		if !errors.Is(err, alba.ErrConflict) {

@@ -160,7 +160,8 @@ func (f *Fleet) Poll(ctx context.Context) {
 }
 
 // States returns what placement needs to know. Devices that were never asked for
-// their statistics are asked now.
+// their statistics are asked now. One whose key-value store is damaged takes nothing
+// new as long as there is another that can.
 func (f *Fleet) States(ctx context.Context) []place.Device {
 	members := f.Members()
 	var g errgroup.Group
@@ -171,8 +172,13 @@ func (f *Fleet) States(ctx context.Context) []place.Device {
 	}
 	_ = g.Wait()
 	list := make([]place.Device, len(members))
+	sound := false
 	for i, m := range members {
 		list[i] = m.State()
+		sound = sound || list[i].Usable && m.Damaged() == ""
+	}
+	for i, m := range members {
+		list[i].Usable = list[i].Usable && (!sound || m.Damaged() == "")
 	}
 	return list
 }
@@ -321,6 +327,14 @@ func (m *Member) Stats() (asd.Stats, time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.stats, m.statted
+}
+
+// Damaged says what is wrong with the device's key-value store, "" if nothing is known
+// to be: what it holds belongs elsewhere.
+func (m *Member) Damaged() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.stats.Damaged
 }
 
 func (m *Member) isFull() bool {

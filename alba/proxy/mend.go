@@ -127,14 +127,14 @@ func (p *Proxy) loadManifest(ctx context.Context, n namespace, name string) (*en
 func (m *mending) plan(devices []place.Device) (missing int) {
 	old := m.e.m.Shards
 	kept := slices.Clone(old)
-	moving := map[int]bool{}
+	moving, gone := map[int]bool{}, map[int]bool{}
 	for i, id := range old {
 		switch {
 		case id == "":
 			m.unfit[i] = true
 		case m.p.fleet.Member(id) == nil || m.o.Gone != nil && m.o.Gone(id):
 			m.unfit[i] = true
-			kept[i], moving[i] = "", true
+			kept[i], moving[i], gone[i] = "", true, true
 		case m.o.Leave != nil && m.o.Leave(id):
 			kept[i], moving[i] = "", true
 		}
@@ -150,6 +150,10 @@ func (m *mending) plan(devices []place.Device) (missing int) {
 	m.next = m.e.m.Clone()
 	for i, id := range old {
 		switch {
+		case target[i] == "" && m.o.Bad[i] && id != "" && !gone[i]:
+			// It should leave, but there is no place: better whole where it is than bad.
+			m.work = append(m.work, i)
+			m.next.Shards[i] = id
 		case target[i] == "": // no place: it stays in the books where it was
 			if m.unfit[i] {
 				missing++

@@ -149,6 +149,9 @@ func (p *Proxy) Fleet() *Fleet { return p.fleet }
 // Registry returns the registry that was given to New.
 func (p *Proxy) Registry() alba.Registry { return p.reg }
 
+// MasterKey is the ID of the master key in use, "" if there is none.
+func (p *Proxy) MasterKey() string { return p.opts.Keys.Current() }
+
 // Node names this daemon.
 func (p *Proxy) Node() string { return p.opts.Node }
 

@@ -184,10 +184,20 @@ func (m *Maintainer) condition(id string) Condition {
 		return Gone
 	case reason != "":
 		return Away
-	case state == alba.DeviceDraining:
+	case state == alba.DeviceDraining, d.Damaged() != "" && m.othersUsable(id):
 		return Leaving
 	}
 	return Fine
+}
+
+// othersUsable says that there is another device that takes something new.
+func (m *Maintainer) othersUsable(id string) bool {
+	for _, d := range m.p.Fleet().Members() {
+		if d.Record().ID != id && d.Damaged() == "" && d.State().Usable {
+			return true
+		}
+	}
+	return false
 }
 
 // Report is what a pass did.

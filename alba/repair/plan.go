@@ -15,7 +15,7 @@ type Condition uint8
 const (
 	Fine    Condition = iota
 	Away              // down, but not for long: nothing is done yet
-	Leaving           // readable, to be emptied
+	Leaving           // readable, to be emptied: drained, or its key-value store is damaged
 	Gone              // down for long, removed, or unknown
 )
 

@@ -84,7 +84,8 @@ func (m *Maintainer) verifyDevice(ctx context.Context, r *run, d *proxy.Member, 
 }
 
 // damaged has one value of a device repaired. Damage outside of values shows in the
-// device's statistics: that device must be replaced.
+// device's statistics: what it holds is moved elsewhere, and it must be replaced. What
+// can't be read of it is found by verifyPresence.
 func (m *Maintainer) damaged(ctx context.Context, d *proxy.Member, key string) {
 	if ns, upload, shard, _, err := alba.ParseShardKey(key); err == nil {
 		m.reportShard(ctx, ns, upload, shard, d.Record().ID)
@@ -125,7 +126,7 @@ func (m *Maintainer) verifyPresence(ctx context.Context, r *run) error {
 				continue
 			}
 			whole, err := m.present(ctx, man, shard)
-			if err != nil {
+			if err != nil && !errors.Is(err, asd.ErrCorrupt) { // damage is found, not out of reach
 				if ctx.Err() != nil {
 					return ctx.Err()
 				}

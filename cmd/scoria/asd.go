@@ -173,6 +173,9 @@ func (a *app) printASD(d *control.ASD) error {
 		if d.Reopened > 0 {
 			row(w, "opened anew", fmt.Sprintf("%d times, last after: %s", d.Reopened, d.LastFailure))
 		}
+		if d.Damaged != "" {
+			row(w, "damaged", d.Damaged)
+		}
 		row(w, "used", fmt.Sprintf("%s of %s", formatSize(uint64(d.Used)), formatSize(uint64(d.Capacity))))
 		row(w, "parts of objects", d.Shards)
 		row(w, "added", printTime(d.Added))

@@ -189,7 +189,29 @@ func (a *app) backendCommand() *cobra.Command {
 	return group("backend", "Show how safe the object store is, and its maintenance", a.backendStatus(),
 		a.maintenance("repair", "Rebuild what disks lost, empty those that are drained, upgrade objects; always on unless stopped"),
 		a.maintenance("verify", "Read everything and repair what is bad"),
-		a.maintenance("rebalance", "Move parts of objects from full disks to empty ones"), a.rebuildRegistry())
+		a.maintenance("rebalance", "Move parts of objects from full disks to empty ones"), a.rotateKeys(), a.rebuildRegistry())
+}
+
+func (a *app) rotateKeys() *cobra.Command {
+	return &cobra.Command{
+		Use: "rotate-keys", Short: "Encrypt the keys of volumes with the master key in use", Args: args(),
+		Long: `Each volume of a preset that encrypts has a key of its own, which is kept encrypted
+with a master key, in the registry and on the storage daemons. To replace the master
+key, put the new one on the first line of the file that backend.master_keys names, above
+the old one, restart scoriad, and run this. Once it succeeds the old one is needed no
+more: remove it and restart scoriad again. It fails as long as a storage daemon can't be
+told, and may be repeated. Data is not encrypted anew.`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			k, err := a.client().RotateKeys(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return a.print(k, func(w *tabwriter.Writer) {
+				row(w, "master key in use", k.MasterKey)
+				row(w, "keys encrypted anew", k.Namespaces)
+			})
+		},
+	}
 }
 
 func (a *app) backendStatus() *cobra.Command {

@@ -230,6 +230,7 @@ func TestGoldenOutput(t *testing.T) {
 		{"backend-repair-status", "backend repair status", 0},
 		{"backend-verify-start", "backend verify start", 0},
 		{"backend-rebalance-stop", "backend rebalance stop", 0},
+		{"backend-rotate-keys", "backend rotate-keys", 0},
 		{"volume-set", "volume set vm1 --serial S2 --read-only", 0},
 		{"volume-rename", "volume rename vm1 web1", 0},
 		{"volume-limit", "volume limit vm1", 0},

@@ -76,6 +76,10 @@ func (d daemon) StartBackendJob(ctx context.Context, name string) (control.Backe
 	return d.BackendJob(ctx, name)
 }
 
+func (daemon) RotateKeys(context.Context) (control.RotatedKeys, error) {
+	return control.RotatedKeys{MasterKey: "0011223344556677", Namespaces: 3}, nil
+}
+
 func (d daemon) StopBackendJob(ctx context.Context, name string) (control.BackendJob, error) {
 	j, err := d.BackendJob(ctx, name)
 	j.State = "stopped"

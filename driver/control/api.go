@@ -47,6 +47,7 @@
 //	GET    /v1/backend                        BackendStatus
 //	GET    /v1/backend/jobs/NAME              BackendJob; repair, verify, rebalance, orphans
 //	POST   /v1/backend/jobs/NAME/start|stop   BackendJob
+//	POST   /v1/backend/keys/rotate            RotatedKeys
 //	GET    /v1/jobs                           []Job
 //	GET    /v1/jobs/ID[?wait=SECONDS]         Job; waits for a change or the end
 //	DELETE /v1/jobs/ID                        Job; asks it to stop

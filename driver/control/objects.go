@@ -29,6 +29,14 @@ type ObjectBackend interface {
 	BackendJob(ctx context.Context, name string) (BackendJob, error)
 	StartBackendJob(ctx context.Context, name string) (BackendJob, error)
 	StopBackendJob(ctx context.Context, name string) (BackendJob, error)
+	// RotateKeys wraps all keys with the master key in use.
+	RotateKeys(ctx context.Context) (RotatedKeys, error)
+}
+
+// RotatedKeys is the outcome of a rotation of the master key.
+type RotatedKeys struct {
+	MasterKey  string `json:"master_key"` // the ID of the one in use
+	Namespaces int    `json:"namespaces"` // whose keys were wrapped by another one
 }
 
 // Policy says how an object is spread over ASDs.
@@ -72,8 +80,9 @@ type ASD struct {
 	Up         bool      `json:"up"`
 	Reason     string    `json:"reason,omitempty"` // why it is down
 	DownSince  time.Time `json:"down_since,omitzero"`
-	Capacity   int64     `json:"capacity"` // bytes
-	Used       int64     `json:"used"`     // bytes
+	Damaged    string    `json:"damaged,omitempty"` // what is wrong with its key-value store
+	Capacity   int64     `json:"capacity"`          // bytes
+	Used       int64     `json:"used"`              // bytes
 	Full       bool      `json:"full"`
 	Shards     int64     `json:"shards"` // parts of objects that it holds
 	// Reopened is how often its disk was opened anew because it had failed, since its
@@ -137,6 +146,7 @@ func (s *Server) objectRoutes() map[string]handler {
 		"GET /v1/backend/jobs/{name}":        named("name", s.backend.BackendJob),
 		"POST /v1/backend/jobs/{name}/start": named("name", s.backend.StartBackendJob),
 		"POST /v1/backend/jobs/{name}/stop":  named("name", s.backend.StopBackendJob),
+		"POST /v1/backend/keys/rotate":       answer(s.backend.RotateKeys),
 	}
 }
 
@@ -259,6 +269,11 @@ func (c *Client) BackendJob(ctx context.Context, name string) (j BackendJob, err
 // StartBackendJob starts a job, or goes on with one that was stopped.
 func (c *Client) StartBackendJob(ctx context.Context, name string) (j BackendJob, err error) {
 	return j, c.call(ctx, http.MethodPost, backendJobPath(name)+"/start", struct{}{}, &j)
+}
+
+// RotateKeys wraps the keys of all volumes with the master key in use.
+func (c *Client) RotateKeys(ctx context.Context) (k RotatedKeys, err error) {
+	return k, c.call(ctx, http.MethodPost, "/v1/backend/keys/rotate", struct{}{}, &k)
 }
 
 // StopBackendJob stops a job until it is started again.

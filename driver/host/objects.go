@@ -236,6 +236,10 @@ func (o *objectStore) conditions() []control.Condition {
 			list = append(list, control.Condition{Code: "asd-down", Message: fmt.Sprintf("storage daemon %s at %s is down since %s: %s; bring it back, or replace it: `scoria asd add` another, then `scoria asd remove %s`",
 				r.ID, r.Address, since.UTC().Format(time.RFC3339), reason, r.ID)})
 		}
+		if reason := m.Damaged(); reason != "" {
+			list = append(list, control.Condition{Code: "asd-damaged", Message: fmt.Sprintf("storage daemon %s at %s has a damaged key-value store (%s): what it holds is moved to others; `scoria asd add` another, then `scoria asd remove %s`",
+				r.ID, r.Address, reason, r.ID)})
+		}
 		if st, _ := m.Stats(); st.Full {
 			list = append(list, control.Condition{Code: "asd-full", Message: fmt.Sprintf("storage daemon %s at %s is full: add another with `scoria asd add`, then `scoria backend rebalance start`", r.ID, r.Address)})
 		}

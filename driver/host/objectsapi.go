@@ -118,7 +118,7 @@ func asdAnswer(d *repair.DeviceStatus) control.ASD {
 	return control.ASD{
 		ID: d.ID, Address: d.Address, Host: d.Host, Rack: d.Rack, Datacentre: d.Datacentre, State: string(d.State), Added: d.Added,
 		Up: d.Reason == "" && d.State != alba.DeviceRemoved, Reason: d.Reason, DownSince: d.Since.UTC(),
-		Capacity: d.Stats.Capacity, Used: d.Stats.Used, Full: d.Stats.Full, Shards: d.Shards,
+		Damaged: d.Stats.Damaged, Capacity: d.Stats.Capacity, Used: d.Stats.Used, Full: d.Stats.Full, Shards: d.Shards,
 		Reopened: d.Stats.Reopened, LastFailure: d.Stats.LastFailure,
 	}
 }
@@ -319,6 +319,16 @@ func (b *backend) StartBackendJob(ctx context.Context, name string) (control.Bac
 		return control.BackendJob{}, objectError(err)
 	}
 	return b.BackendJob(ctx, name)
+}
+
+// RotateKeys implements control.ObjectBackend.
+func (b *backend) RotateKeys(ctx context.Context) (control.RotatedKeys, error) {
+	n, err := b.objects.proxy.RotateKeys(ctx)
+	if errors.Is(err, proxy.ErrOldKeys) {
+		return control.RotatedKeys{}, control.Errorf(control.CodeUnavailable,
+			"the keys in the registry are wrapped by the master key in use, but keep the older ones: %v; repeat it when these storage daemons are up, or removed", err)
+	}
+	return control.RotatedKeys{MasterKey: b.objects.proxy.MasterKey(), Namespaces: n}, objectError(err)
 }
 
 // StopBackendJob implements control.ObjectBackend.

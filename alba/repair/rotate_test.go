@@ -1,0 +1,140 @@
+package repair_test
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/rs/zerolog"
+
+	"scoria/alba"
+	"scoria/alba/albatest"
+	"scoria/alba/asd/asdtest"
+	"scoria/alba/proxy"
+	"scoria/alba/repair"
+)
+
+// rotationRig is a cluster with two encrypted namespaces, whose keys a master key "a"
+// wraps.
+func rotationRig(t *testing.T) *rig {
+	ps := albatest.Preset(alba.Policy{K: 2, M: 1, C: 3, X: 1})
+	ps.Encryption = alba.EncryptAES256GCM
+	r := newRig(t, 4, ps, nil)
+	r.put("o", 30_000)
+	must(t, r.p.CreateNamespace(t.Context(), "other"))
+	must(t, r.p.Put(t.Context(), "other", "o", 1, strings.NewReader("secret"), 6))
+	return r
+}
+
+// withKeys returns a proxy with these master keys, the one in use first.
+func (r *rig) withKeys(digits ...string) *proxy.Proxy {
+	return r.Proxy(r.t, alba.Preset{}, func(o *proxy.Options) { o.Keys = albatest.Keys(r.t, digits...) })
+}
+
+// rebuilt reads everything from a registry made anew from devices, with master key "b"
+// alone.
+func (r *rig) rebuilt(disks []*albatest.Disk) {
+	r.t.Helper()
+	reg := r.Reg
+	defer func() { r.Reg = reg }()
+	r.Reg = albatest.NewRegistry()
+	var devices []alba.Device
+	for _, d := range disks {
+		rec := r.Record(d)
+		rec.ID = ""
+		devices = append(devices, rec)
+	}
+	if report, err := repair.RebuildRegistry(r.t.Context(), r.Reg, r.Dial, devices, zerolog.Nop()); err != nil || report.Objects != 2 {
+		r.t.Fatalf("%+v: %v", report, err)
+	}
+	p := r.withKeys("b")
+	defer p.Close()
+	r.expectAll(p)
+	b := make([]byte, 6)
+	if err := p.ReadAt(r.t.Context(), "other", "o", b, 0); err != nil || string(b) != "secret" {
+		r.t.Fatalf("%q, %v", b, err)
+	}
+}
+
+// TestRotationDiedAnywhere: a rotation of the master key that dies at any of its steps is
+// finished by the next; then nothing needs the old one, not even a registry that is
+// made anew from the devices.
+func TestRotationDiedAnywhere(t *testing.T) {
+	died := errors.New("died")
+	for at := 1; ; at++ {
+		r := rotationRig(t)
+		var mu sync.Mutex
+		n := 0
+		step := func() error {
+			mu.Lock()
+			defer mu.Unlock()
+			if n++; n >= at {
+				return died
+			}
+			return nil
+		}
+		r.p.Close()
+		p := r.withKeys("b", "a")
+		r.Reg.SetHook(func([]alba.Write) error { return step() })
+		for _, d := range r.Disks {
+			d.Faulty.Set(asdtest.Fault{Hook: func(op, _ string) error {
+				if op != "Apply" {
+					return nil
+				}
+				return step()
+			}})
+		}
+		_, err := p.RotateKeys(t.Context())
+		mu.Lock()
+		over := n < at
+		mu.Unlock()
+		p.Close()
+		r.Reg.SetHook(nil)
+		for _, d := range r.Disks {
+			d.Faulty.Set(asdtest.Fault{})
+		}
+		if over != (err == nil) {
+			t.Fatalf("died at step %d of %d: %v", at, n, err)
+		}
+		p = r.withKeys("b", "a")
+		_, err = p.RotateKeys(t.Context())
+		must(t, err)
+		p.Close()
+		p = r.withKeys("b")
+		r.expectAll(p)
+		p.Close()
+		for i := range r.Disks {
+			r.rebuilt(append([]*albatest.Disk{r.Disks[i]}, append(r.Disks[:i:i], r.Disks[i+1:]...)...))
+		}
+		if over {
+			return
+		}
+	}
+}
+
+// TestRotationNeedsAllDevices: as long as a device has copies of keys that the old
+// master key wraps, a rotation says so; a registry rebuilt with it takes the later copies.
+func TestRotationNeedsAllDevices(t *testing.T) {
+	r := rotationRig(t)
+	p := r.withKeys("b", "a")
+	r.Disks[1].Faulty.Set(asdtest.Fault{Down: true})
+	for _, want := range []int{2, 0} {
+		n, err := p.RotateKeys(t.Context())
+		if n != want || !errors.Is(err, proxy.ErrOldKeys) || !strings.Contains(fmt.Sprint(err), r.Disks[1].ID) {
+			t.Fatalf("rotated %d keys, want %d: %v", n, want, err)
+		}
+	}
+	r.Disks[1].Faulty.Set(asdtest.Fault{})
+	// The device that was away is read first.
+	r.rebuilt([]*albatest.Disk{r.Disks[1], r.Disks[0], r.Disks[2], r.Disks[3]})
+	albatest.Eventually(t, "the device is told", func() bool {
+		_, err := p.RotateKeys(t.Context())
+		return err == nil
+	})
+	if _, err := r.Proxy(t, alba.Preset{}, nil).RotateKeys(t.Context()); err == nil {
+		// albatest's proxies have no master keys if they are not told.
+		t.Fatal("rotated without a master key")
+	}
+}
