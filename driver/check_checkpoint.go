@@ -88,10 +88,7 @@ func (v *Volume) checkStoredRoots(ctx context.Context, rep *CheckReport) {
 		return
 	}
 	for _, name := range names {
-		size, err := v.cfg.Store.Size(ctx, v.namespace(), name)
-		if err == nil {
-			_, err = lba.ReadRoot(storeObject{ctx, v, name}, size)
-		}
+		_, err := v.storedRoot(ctx, name)
 		if err != nil && !errors.Is(err, ErrNoObject) {
 			rep.problem("checkpoint: %s: store's copy: %v", name, err)
 		}

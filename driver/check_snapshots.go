@@ -131,10 +131,7 @@ func (v *Volume) checkSnapshotCopies(ctx context.Context, s *Snapshot, rep *Chec
 		}
 	}
 	name := snapName(s.Sequence)
-	size, err := v.cfg.Store.Size(ctx, v.namespace(), name)
-	if err == nil {
-		_, err = lba.ReadRoot(storeObject{ctx, v, name}, size)
-	}
+	_, err := v.storedRoot(ctx, name)
 	if err != nil && !errors.Is(err, context.Canceled) {
 		rep.problem("snapshot %s: %s: store's copy: %v", s.Name, name, err)
 	}

@@ -27,7 +27,7 @@ func Describe(ctx context.Context, s Store, id uuid.UUID) (size uint64, ancestor
 	}
 	var errs []error
 	for _, name := range slices.Backward(names) {
-		root, blob, err := v.storedRoot(ctx, name)
+		root, blob, err := v.rootAndBlob(ctx, name)
 		if err == nil {
 			return root.Clusters * block.ClusterSize, blob.ancestry, nil
 		}
@@ -39,12 +39,8 @@ func Describe(ctx context.Context, s Store, id uuid.UUID) (size uint64, ancestor
 	return 0, nil, errors.Join(errs...)
 }
 
-func (v *Volume) storedRoot(ctx context.Context, name string) (*lba.Root, *rootBlob, error) {
-	size, err := v.storeSize(ctx, name)
-	if err != nil {
-		return nil, nil, err
-	}
-	root, err := lba.ReadRoot(storeObject{ctx, v, name}, size)
+func (v *Volume) rootAndBlob(ctx context.Context, name string) (*lba.Root, *rootBlob, error) {
+	root, err := v.storedRoot(ctx, name)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -90,11 +90,17 @@ func (v *Volume) readRoot(ctx context.Context, name string) (*lba.Root, error) {
 	if _, isLocal := r.(localFile); !isLocal {
 		return nil, err
 	}
-	size, serr := v.storeSize(ctx, name)
-	if failed := (*storeError)(nil); errors.As(serr, &failed) {
-		return nil, serr // it may be sound there
+	root, serr := v.storedRoot(ctx, name)
+	if errors.Is(serr, ErrNoObject) || errors.Is(serr, ErrStaleEpoch) {
+		return nil, err // there is the local one only
 	}
-	if serr != nil {
+	return root, serr
+}
+
+// storedRoot reads a root in the store.
+func (v *Volume) storedRoot(ctx context.Context, name string) (*lba.Root, error) {
+	size, err := v.storeSize(ctx, name)
+	if err != nil {
 		return nil, err
 	}
 	return lba.ReadRoot(storeObject{ctx, v, name}, size)

@@ -218,7 +218,7 @@ func (e *env) freeze() {
 
 // waitPiledUp waits until the guest's kernel has requests under way that nobody
 // completes, and no more of them join: the ring is full, or its users all wait.
-func (e *env) waitPiledUp(vm *qemu.VM) {
+func (e *env) waitPiledUp(vm *qemu.VM) int {
 	e.Helper()
 	same, last := 0, 0
 	e.poll("requests to pile up", func() (bool, error) {
@@ -236,6 +236,7 @@ func (e *env) waitPiledUp(vm *qemu.VM) {
 		return same >= 5, nil
 	})
 	e.Logf("%d requests pile up", last)
+	return last
 }
 
 // freezeAndKill kills the daemon when the frozen ring has filled up.

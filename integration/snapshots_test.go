@@ -275,41 +275,62 @@ func TestInterruptedTransfersLeaveNothing(t *testing.T) {
 		return !strings.Contains(out, "new"), err
 	})
 
-	// An import that is interrupted, and one whose daemon dies.
+	// An import that is interrupted, one whose daemon dies, and one that is killed.
 	e.run("sh", "-c", "head -c 512M /dev/urandom >"+filepath.Join(dir, "big"))
-	for _, kill := range []bool{false, true} {
+	for _, end := range []string{"interrupt", "kill the daemon", "kill"} {
 		cmd := exec.Command(e.Scoria, "--socket", e.ControlSocket(), "volume", "import", "--format", "raw", filepath.Join(dir, "big"), "imported")
 		e.must(cmd.Start())
 		e.poll("the volume that is being imported", func() (bool, error) {
 			out, err := e.CLI(e.ctx, "volume", "list")
 			return strings.Contains(out, "incomplete"), err
 		})
-		if kill {
+		switch end {
+		case "kill the daemon":
 			e.must(e.Daemon.Kill())
 			e.restart()
-		} else {
+		case "kill":
+			e.must(cmd.Process.Kill())
+		default:
 			e.must(cmd.Process.Signal(os.Interrupt))
 		}
 		if err := cmd.Wait(); err == nil {
 			t.Fatal("an interrupted import ends as if it had succeeded; is it too small?")
 		}
+		if end == "kill" { // the daemon finds out
+			e.poll("the end of the import", func() (bool, error) {
+				out, err := e.CLI(e.ctx, "volume", "list")
+				return !strings.Contains(out, "imported"), err
+			})
+		}
 		if out := e.cli("volume list"); strings.Contains(out, "imported") {
-			t.Errorf("left after an import (daemon killed: %v):\n%s", kill, out)
+			t.Errorf("left after an import (%s):\n%s", end, out)
 		}
 	}
 
-	// An export that is killed leaves its snapshot to the next daemon.
-	cmd = exec.Command(e.Scoria, "--socket", e.ControlSocket(), "volume", "export", "v", "-")
-	cmd.Stdout = stalled(t)
+	// An export that is killed, by itself and with its daemon.
+	for _, restart := range []bool{false, true} {
+		e.killedExport(restart)
+	}
+}
+
+// killedExport sees that the temporary snapshot of an export goes when that is killed.
+func (e *env) killedExport(restart bool) {
+	e.Helper()
+	cmd := exec.Command(e.Scoria, "--socket", e.ControlSocket(), "volume", "export", "v", "-")
+	cmd.Stdout = stalled(e.T)
 	e.must(cmd.Start())
 	e.poll("the export's snapshot", func() (bool, error) {
 		out, err := e.CLI(e.ctx, "snapshot", "list", "v")
 		return strings.Contains(out, "export-"), err
 	})
+	if restart {
+		e.must(e.Daemon.Kill())
+	}
 	e.must(cmd.Process.Kill())
 	_ = cmd.Wait()
-	e.must(e.Stop(e.ctx))
-	e.restart()
+	if restart {
+		e.restart()
+	}
 	e.poll("the end of the export's snapshot", func() (bool, error) {
 		out, err := e.CLI(e.ctx, "snapshot", "list", "v")
 		return !strings.Contains(out, "export-"), err

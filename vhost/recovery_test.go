@@ -54,6 +54,9 @@ func TestP3RequestsInFlightAreResubmitted(t *testing.T) {
 				b.dev.setHold(false)
 				f.conn.Close()
 				start(t, b.path, g)
+				if n := b.ep.Stats().Resubmitted; n != 5 {
+					t.Fatalf("%d requests resubmitted, want 5", n)
+				}
 				for _, q := range reqs {
 					if st := g.wait(q); st != statusOK {
 						t.Fatalf("status %d", st)

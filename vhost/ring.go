@@ -264,7 +264,7 @@ func (r *ring) start() error {
 	}
 	q := newQueue(s, r.index, int(r.num))
 	log := s.activeLog()
-	started := false
+	started, resubmitted := false, 0
 	q.Do(func() {
 		q.vq, err = virtq.New(virtq.Config{
 			Num: int(r.num), Desc: m.desc, Avail: m.avail, Used: m.used, Features: s.features,
@@ -273,6 +273,7 @@ func (r *ring) start() error {
 		if err != nil {
 			return
 		}
+		resubmitted = q.vq.InUse()
 		q.gen = &generation{table: s.table}
 		s.table.Retain()
 		q.setLog(log, r.addr.Log, r.addr.Flags&wire.VringFlagLog != 0)
@@ -297,8 +298,9 @@ func (r *ring) start() error {
 		_ = mem.SignalEventFD(r.call)
 	}
 	s.ep.counters.Rings.Add(1)
+	s.ep.counters.resubmitted.Add(uint64(resubmitted))
 	s.notice.ringStarted(s)
-	s.log.Debug().Int("ring", r.index).Uint32("size", r.num).Msg("ring started")
+	s.log.Debug().Int("ring", r.index).Uint32("size", r.num).Int("resubmitted", resubmitted).Msg("ring started")
 	return nil
 }
 

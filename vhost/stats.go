@@ -20,6 +20,10 @@ type Stats struct {
 	Connections uint64 // accepted
 	Disconnects uint64 // sessions ended for a fault of the front end or the device
 
+	// Resubmitted are the requests that an earlier connection, or daemon, had taken
+	// and not answered, and that were carried out when their ring started again.
+	Resubmitted uint64
+
 	// LastDisconnect is the reason of the last such end, with its time; empty if
 	// there was none.
 	LastDisconnect     string

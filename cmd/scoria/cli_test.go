@@ -27,6 +27,10 @@ type daemon struct {
 	control.ObjectBackend // for what the command line does not ask
 }
 
+func (daemon) BeginHold() string { return "hold" }
+
+func (daemon) EndHold(string) {}
+
 var created = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
 func volume(name string) control.Volume {

@@ -130,17 +130,25 @@ func (a *app) export(ctx context.Context, source, file string, f exportFlags) (e
 }
 
 // temporarySnapshot keeps a volume's present state until drop is called. Should
-// this process die, the daemon drops it at its next start.
+// this process die, the daemon drops it.
 func (a *app) temporarySnapshot(ctx context.Context, c *control.Client, volume string) (s control.Snapshot, drop func() error, err error) {
+	owner, release, err := c.Hold(ctx)
+	if err != nil {
+		return s, nil, err
+	}
 	name := fmt.Sprintf("export-%d-%d", os.Getpid(), time.Now().UnixMilli())
 	soon, cancel := brief(ctx) // what an interrupt hides could not be dropped
 	defer cancel()
-	s, err = c.CreateSnapshot(soon, volume, control.CreateSnapshot{Name: name, Temporary: true})
+	if s, err = c.CreateSnapshot(soon, volume, control.CreateSnapshot{Name: name, Temporary: true, Owner: owner}); err != nil {
+		release()
+		return s, nil, err
+	}
 	return s, func() error {
+		defer release()
 		late, cancel := brief(ctx)
 		defer cancel()
 		return dropSnapshot(late, c, volume, name)
-	}, err
+	}, nil
 }
 
 // dropSnapshot deletes a snapshot whose reader is just ending.

@@ -41,8 +41,8 @@ func (a *app) volumeImport() *cobra.Command {
 		Short: "Make a volume from an image",
 		Long: `Make a volume from an image file in any format that qemu-img knows (raw, qcow2, vmdk,
 vdi, vhdx, …), or from an NBD server (nbd://… or nbd+unix://…). What is empty or
-zeroes in the image takes no space. The volume is there when it is complete; an
-interrupt leaves nothing behind. qemu-img has to be installed (package qemu-utils).
+zeroes in the image takes no space. The volume is there when it is complete; if this
+command is interrupted or killed, nothing is left of it. qemu-img has to be installed (package qemu-utils).
 
 The format is guessed from the image unless --format names it: name it for a raw image
 that a guest could write to. An image that builds on another file is refused without
@@ -78,6 +78,12 @@ func (a *app) importImage(ctx context.Context, from, to string, f importFlags) e
 		return err
 	}
 	c := a.client()
+	owner, release, err := c.Hold(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	f.req.Owner = owner
 	f.req.Name, f.req.SCOSize, f.req.Import = name, int64(f.sco), true
 	f.req.Size = (info.Size + clusterSize - 1) / clusterSize * clusterSize
 	// An interrupt comes before or after: whoever does not hear of what it has made
@@ -119,7 +125,7 @@ func undoImport(ctx context.Context, c *control.Client, name string) error {
 		_, err = c.Await(late, j, nil)
 	}
 	if err != nil {
-		return fmt.Errorf("the half-made volume %s is left, and goes at the daemon's next start: %w", name, err)
+		return fmt.Errorf("the half-made volume %s is left to the daemon, which removes it: %w", name, err)
 	}
 	return nil
 }

@@ -127,9 +127,10 @@ type CreateVolume struct {
 	SCOSize   int64  `json:"sco_size,omitempty"`   // bytes, a multiple of 1 MiB
 	Serial    string `json:"serial,omitempty"`     // at most 20 bytes; default: from the ID
 	ReadOnly  bool   `json:"read_only,omitempty"`
-	// Import: no guest gets the volume before Complete, and it goes at the daemon's
-	// next start if that is not called.
-	Import bool `json:"import,omitempty"`
+	// Import: no guest gets the volume before Complete, and it goes if that is not
+	// called: with the client that keeps the hold Owner, or at the daemon's next start.
+	Import bool   `json:"import,omitempty"`
+	Owner  string `json:"owner,omitempty"`
 }
 
 // ResizeVolume asks for a new size.

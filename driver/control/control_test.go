@@ -30,6 +30,8 @@ type backend struct {
 	volumes               map[string]control.Volume
 	inUse                 map[string]bool
 	steps                 chan int64 // progress of the running check; closed: finish
+	begun                 int        // holds
+	ended                 []string   // holds
 }
 
 func newBackend() *backend {

@@ -45,6 +45,7 @@ type Backend interface {
 	SnapshotBackend
 	ScheduleBackend
 	ObjectBackend
+	HoldBackend
 }
 
 // Server answers the control API. Its goroutines: one per connection
@@ -54,11 +55,14 @@ type Server struct {
 	jobs    *jobTable
 	log     zerolog.Logger
 	http    http.Server
+	ending  context.Context // Close has been called
+	end     context.CancelFunc
 }
 
 // NewServer returns a server for backend; metrics, if not nil, answers /metrics.
 func NewServer(backend Backend, metrics http.Handler, log zerolog.Logger) *Server {
 	s := &Server{backend: backend, jobs: newJobTable(), log: log}
+	s.ending, s.end = context.WithCancel(context.Background())
 	s.http = http.Server{
 		Handler:           s.routes(metrics),
 		ReadHeaderTimeout: 10 * time.Second,
@@ -76,9 +80,10 @@ func (s *Server) Serve(l net.Listener) error {
 	return nil
 }
 
-// Close cancels and awaits all jobs, then lets the requests under way end until
-// ctx does.
+// Close cancels and awaits all jobs, ends holds, then lets the requests under way end
+// until ctx does.
 func (s *Server) Close(ctx context.Context) error {
+	s.end()
 	s.jobs.stop()
 	if err := s.http.Shutdown(ctx); err != nil {
 		return errors.Join(err, s.http.Close())
@@ -127,6 +132,7 @@ func (s *Server) routes(metrics http.Handler) http.Handler {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) { s.serve(w, r, h) })
 	}
 	s.streamRoutes(mux)
+	mux.HandleFunc("POST /v1/hold", s.hold)
 	if metrics != nil {
 		mux.Handle("GET /metrics", metrics)
 	}

@@ -37,8 +37,10 @@ const (
 type CreateSnapshot struct {
 	Name     string            `json:"name"`
 	Metadata map[string]string `json:"metadata,omitempty"` // at most MaxMetadata
-	// Temporary: it goes at the daemon's next start, if nobody deletes it before.
-	Temporary bool `json:"temporary,omitempty"`
+	// Temporary: it goes, if nobody deletes it before, with the client that keeps the
+	// hold Owner, or at the daemon's next start.
+	Temporary bool   `json:"temporary,omitempty"`
+	Owner     string `json:"owner,omitempty"`
 }
 
 // RenameSnapshot asks for another name.

@@ -35,7 +35,8 @@
 // engine; records of the dropped snapshots gone; size and RollingBack. The opening
 // does it again. A clone: record in state creating, which from then on keeps parent
 // and snapshot (see package registry); the engine; record in state ready; undone by
-// the next start. Making a volume smaller: engine; record. Incomplete volumes: see
+// the next start. What a client makes for the time of an operation (an import's volume, an
+// export's snapshot) goes with the client (holds.go). Making a volume smaller: engine; record. Incomplete volumes: see
 // receive.go.
 //
 // A start: locks; registry; engine; instance.json says unclean; unfinished volumes; volumes
@@ -56,6 +57,6 @@
 // Of Host: one per listener (control, metrics, nbd), one that records
 // attachments once a second, one that carries out snapshot schedules
 // (scheduler.go), one per volume being opened, one per volume whose snapshots could
-// not be recorded (settle.go), one that starts the maintenance of the
+// not be recorded (settle.go), one per thing that a dead client left (holds.go), one that starts the maintenance of the
 // object store once it has a storage daemon (package repair has its goroutines).
 package host

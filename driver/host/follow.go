@@ -9,6 +9,9 @@ import (
 	"scoria/driver/registry"
 )
 
+// recordAtStop bounds the last record of what is attached.
+const recordAtStop = 3 * time.Second
+
 // startFollowing opens, in the background, the volumes that guests will want at
 // once, lets front ends have them then, and records which volumes are attached.
 func (h *Host) startFollowing(ctx context.Context) {
@@ -74,7 +77,11 @@ func (h *Host) follow(ctx context.Context, before []string) {
 	for {
 		select {
 		case <-ctx.Done():
-			h.record(context.WithoutCancel(ctx), h.attachedNow(before), recorded)
+			// It is for the next start's speed; a registry that hangs must not keep the
+			// daemon from ending.
+			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordAtStop)
+			h.record(last, h.attachedNow(before), recorded)
+			cancel()
 			return
 		case <-tick.C:
 			now := h.attachedNow(before)

@@ -221,6 +221,12 @@ func (h *VolumeSet) findSnapshots(ctx context.Context, name string) {
 
 // remove deletes a volume that nobody uses.
 func (h *VolumeSet) remove(ctx context.Context, name string, force bool) error {
+	return h.removeOnly(ctx, name, force, func(*registry.Volume) bool { return true })
+}
+
+// removeOnly does so if the record, as it is when nobody else can change it, is what
+// the caller means; else it does nothing.
+func (h *VolumeSet) removeOnly(ctx context.Context, name string, force bool, meant func(*registry.Volume) bool) error {
 	name, err := fullName(name)
 	if err != nil {
 		return &notFoundError{err.Error()}
@@ -233,8 +239,11 @@ func (h *VolumeSet) remove(ctx context.Context, name string, force bool) error {
 		return err
 	}
 	defer leave()
-	e, err := h.checkDelete(ctx, name, force)
-	if err != nil {
+	e, err := h.load(ctx, name)
+	if err != nil || !meant(&e.Record) {
+		return err
+	}
+	if e, err = h.checkDelete(ctx, name, force); err != nil {
 		return err
 	}
 	dev := h.device(name)

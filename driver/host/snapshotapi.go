@@ -140,6 +140,9 @@ func (b *backend) Snapshot(ctx context.Context, volume, name string) (control.Sn
 // CreateSnapshot implements control.SnapshotBackend.
 func (b *backend) CreateSnapshot(ctx context.Context, volume string, req control.CreateSnapshot) (control.Snapshot, error) {
 	v, s, err := b.createSnapshot(ctx, volume, uuid.New(), req)
+	if err == nil && req.Temporary {
+		err = b.hold(ctx, req.Owner, held{volume: v.FullName(), id: s.ID, snapshot: s.Name})
+	}
 	if err != nil {
 		return control.Snapshot{}, err
 	}

@@ -43,6 +43,7 @@ type VolumeSet struct {
 	ctx    context.Context // of openings; ends with the daemon
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+	holds  holds
 
 	limitMu sync.Mutex // from reading limits until they hold; see applyLimits
 
@@ -390,10 +391,14 @@ func (h *VolumeSet) Resize(ctx context.Context, name string, size uint64) error 
 
 // create makes a volume, for an import if asked to.
 func (h *VolumeSet) create(ctx context.Context, req control.CreateVolume) (registry.Volume, error) {
-	if req.Import {
-		return h.createAs(ctx, req, &registry.Incomplete{Kind: registry.IncompleteImport})
+	if !req.Import {
+		return h.createAs(ctx, req, nil)
 	}
-	return h.createAs(ctx, req, nil)
+	r, err := h.createAs(ctx, req, &registry.Incomplete{Kind: registry.IncompleteImport})
+	if err == nil {
+		err = h.hold(ctx, req.Owner, held{volume: r.FullName(), id: r.ID})
+	}
+	return r, err
 }
 
 // createAs makes a volume that is incomplete, unless that is nil.
