@@ -285,6 +285,7 @@ func (m *Member) Poll(ctx context.Context) {
 	if !m.Up() || m.Record().State == alba.DeviceRemoved {
 		return
 	}
+	begun := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, statTimeout)
 	defer cancel()
 	c, err := m.Client(ctx)
@@ -309,7 +310,7 @@ func (m *Member) Poll(ctx context.Context) {
 	case m.failing.IsZero():
 		m.failing = m.statted
 	}
-	if !st.Full {
+	if !st.Full && m.full.Before(begun) { // it was not found to be full meanwhile
 		m.full = time.Time{}
 	}
 	m.mu.Unlock()
