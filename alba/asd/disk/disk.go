@@ -97,6 +97,7 @@ type Disk struct {
 	failed    chan struct{}  // closed by fail
 	stuck     chan struct{}  // closed when a goroutine of the key-value store is; see kvLogger
 	stuckOnce sync.Once
+	opening   atomic.Bool    // the key-value store is
 	users     sync.WaitGroup // calls under way
 	loops     sync.WaitGroup // committer, remover, sweeper
 
@@ -144,7 +145,7 @@ func Open(fsys vfs.FS, dir string, opts Options) (*Disk, error) {
 	}
 	d.durable = &durableSizes{files: map[string]int64{}}
 	d.handles = newHandles(d, opts.Handles)
-	d.access = newKVAccess(fsys, d.fail)
+	d.access = newKVAccess(fsys, d.fail, d.halt)
 	// The key-value store may get stuck while it is being opened, too.
 	started := make(chan error, 1)
 	go func() { started <- d.start() }()
@@ -244,7 +245,9 @@ func (d *Disk) openKV(fresh bool) error {
 	}
 	opts.EnsureDefaults()
 	d.tableOpts = opts.MakeReaderOptions()
+	d.opening.Store(true)
 	db, err := pebble.Open(dir, opts)
+	d.opening.Store(false)
 	if err != nil {
 		return fmt.Errorf("key-value store: %w", kvError(err))
 	}

@@ -17,6 +17,7 @@ import (
 type kvAccess struct {
 	fs     vfs.FS
 	failed func(error) // told of every sync that fails
+	halt   func(error) // told of what Pebble would panic at; does not return
 
 	inside  sync.RWMutex // held for reading during each call
 	revoked bool         // guarded by inside
@@ -27,8 +28,8 @@ type kvAccess struct {
 
 var _ vfs.FS = (*kvAccess)(nil)
 
-func newKVAccess(fsys vfs.FS, failed func(error)) *kvAccess {
-	return &kvAccess{fs: fsys, failed: failed, open: map[io.Closer]struct{}{}}
+func newKVAccess(fsys vfs.FS, failed, halt func(error)) *kvAccess {
+	return &kvAccess{fs: fsys, failed: failed, halt: halt, open: map[io.Closer]struct{}{}}
 }
 
 // enter begins a call; leave ends it.
@@ -141,9 +142,13 @@ func (a *kvAccess) Stat(name string) (fs.FileInfo, error) {
 	return a.fs.Stat(name)
 }
 
-// SyncDir implements vfs.FS.
+// SyncDir implements vfs.FS. A directory that can't be synced makes Pebble panic, and the
+// process may serve other disks: it isn't told.
 func (a *kvAccess) SyncDir(name string) error {
-	return a.sync(name, func() error { return a.fs.SyncDir(name) })
+	if err := a.sync(name, func() error { return a.fs.SyncDir(name) }); err != nil {
+		a.halt(err)
+	}
+	return nil
 }
 
 // Lock implements vfs.FS.

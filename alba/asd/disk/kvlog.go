@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 )
@@ -29,18 +30,31 @@ func (l kvLogger) Errorf(format string, args ...any) {
 
 // Fatalf implements pebble's Logger.
 func (l kvLogger) Fatalf(format string, args ...any) {
-	l.d.fail(fmt.Errorf("key-value store: "+format, args...))
-	l.d.stuckOnce.Do(func() { close(l.d.stuck) })
+	l.d.halt(fmt.Errorf(format, args...))
+}
+
+// halt fails the disk and keeps the goroutine, which is one of Pebble's.
+func (d *Disk) halt(err error) {
+	d.fail(fmt.Errorf("key-value store: %w", err))
+	d.stuckOnce.Do(func() { close(d.stuck) })
 	select {}
 }
+
+// backgroundPause is between two attempts of Pebble's at background work that fails. It
+// makes none itself and would keep a CPU busy for as long as a disk is full, say. It
+// holds a lock meanwhile that reads and most writes do without.
+const backgroundPause = 20 * time.Millisecond
 
 func (d *Disk) kvEvents() *pebble.EventListener {
 	return &pebble.EventListener{
 		BackgroundError: func(err error) {
 			if pebble.IsCorruptionError(err) {
 				d.setDamaged(err.Error())
+			} else if d.opening.Load() { // which would last for as long as the disk fails
+				d.halt(kvError(err))
 			}
 			d.log.Warn().Err(err).Msg("key-value store: background work failed and is tried again")
+			time.Sleep(backgroundPause)
 		},
 		DataCorruption: func(info pebble.DataCorruptionInfo) {
 			d.n.corruptBlocks.Add(1)

@@ -3,7 +3,11 @@ package disk
 import (
 	"context"
 	"errors"
+	"runtime"
+	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -191,4 +195,90 @@ func TestCanceledWhileQueued(t *testing.T) {
 	_, err := d.Get(background, "b", guest)
 	wantErr(t, err, asd.ErrNoKey)
 	waitForFiles(t, fsys, "/asd", 1)
+}
+
+// TestOpenOnAFailingDisk: a disk that takes no writes while Pebble carries its log over
+// fails the opening with the reason, for as long as it does so, and keeps nobody
+// waiting; then it opens with what it had acknowledged.
+func TestOpenOnAFailingDisk(t *testing.T) {
+	fsys := vfs.NewMem()
+	d := open(t, fsys, "/asd", testOptions)
+	must(t, d.Apply(background, nil, []asd.Update{asd.Put("key", asd.NewValue([]byte("kept")))}, guest))
+	left, err := fsys.KillClone() // its log is to be carried over
+	must(t, err)
+	_ = d.Close()
+	var full atomic.Bool
+	full.Store(true)
+	left.SetHook(func(op vfs.Op, name string) error {
+		if (op == vfs.OpCreate || op == vfs.OpWrite) && strings.HasSuffix(name, ".sst") && full.Load() {
+			return syscall.ENOSPC
+		}
+		return nil
+	})
+	deadline := time.Now().Add(2 * time.Minute)
+	try := func() (*Disk, error) {
+		t.Helper()
+		type result struct {
+			d   *Disk
+			err error
+		}
+		opened := make(chan result, 1)
+		go func() { d, err := Open(left, "/asd", testOptions); opened <- result{d, err} }()
+		select {
+		case r := <-opened:
+			return r.d, r.err
+		case <-time.After(time.Until(deadline)):
+			buf := make([]byte, 1<<20)
+			t.Fatalf("the opening of an ASD on a failing disk does not end\n%s", buf[:runtime.Stack(buf, true)])
+			return nil, nil
+		}
+	}
+	for range 2 { // what the first left holds nothing up
+		_, err = try()
+		wantErr(t, err, syscall.ENOSPC)
+	}
+	full.Store(false)
+	d, err = try()
+	must(t, err)
+	got, err := d.Get(background, "key", guest)
+	must(t, err)
+	if string(got.Data) != "kept" {
+		t.Fatalf("read %q", got.Data)
+	}
+	must(t, d.Close())
+}
+
+// TestDirectoryThatCannotBeSynced: Pebble panics when it can't sync its directory after
+// it has made a manifest; here the opening fails, and the process lives.
+func TestDirectoryThatCannotBeSynced(t *testing.T) {
+	fsys := vfs.NewMem()
+	d := open(t, fsys, "/asd", testOptions)
+	must(t, d.Apply(background, nil, []asd.Update{asd.Put("key", asd.NewValue([]byte("kept")))}, guest))
+	left, err := fsys.KillClone()
+	must(t, err)
+	_ = d.Close()
+	var marked atomic.Bool
+	left.SetHook(func(op vfs.Op, name string) error {
+		if op == vfs.OpRemove && strings.Contains(name, "/kv/marker.manifest") {
+			marked.Store(true)
+		}
+		if op == vfs.OpSyncDir && strings.HasSuffix(name, "/kv") && marked.Load() {
+			return syscall.EIO
+		}
+		return nil
+	})
+	failed := make(chan error, 1)
+	go func() { _, err := Open(left, "/asd", testOptions); failed <- err }()
+	select {
+	case err := <-failed:
+		wantErr(t, err, syscall.EIO)
+	case <-time.After(2 * time.Minute):
+		buf := make([]byte, 1<<20)
+		t.Fatalf("the opening does not end\n%s", buf[:runtime.Stack(buf, true)])
+	}
+	left.SetHook(nil)
+	d = open(t, left, "/asd", testOptions)
+	_, err = d.Get(background, "key", guest)
+	must(t, err)
+	must(t, d.Close())
 }
