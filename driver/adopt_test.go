@@ -73,7 +73,7 @@ func (r *rig) snapReads(id uuid.UUID, version uint64) {
 func TestP10SnapshotsThatNobodyNamesAreAdopted(t *testing.T) {
 	for _, published := range []bool{false, true} {
 		t.Run(fmt.Sprintf("published=%v", published), func(t *testing.T) {
-			r, m := moodyRig(t, rand.New(rand.NewPCG(5, 1)), 256, 8)
+			r, m := moodyRig(t, directory, rand.New(rand.NewPCG(5, 1)), 256, 8)
 			m.fail.Store(!published)
 			ctx := context.Background()
 			snaps, versions := r.threeSnapshots()
@@ -127,7 +127,7 @@ func TestP10SnapshotsThatNobodyNamesAreAdopted(t *testing.T) {
 func TestDeletedSnapshotsDoNotComeBack(t *testing.T) {
 	for _, old := range []bool{false, true} {
 		t.Run(fmt.Sprintf("named=%v", old), func(t *testing.T) {
-			r, m := moodyRig(t, rand.New(rand.NewPCG(5, 2)), 256, 8)
+			r, m := moodyRig(t, directory, rand.New(rand.NewPCG(5, 2)), 256, 8)
 			snaps, versions := r.threeSnapshots()
 			r.must(r.write(0, 64, 0))
 			r.settleStore()

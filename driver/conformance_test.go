@@ -11,9 +11,14 @@ import (
 )
 
 // TestConformance runs the contract of block.Device over a Volume.
-func TestConformance(t *testing.T) {
+func TestConformance(t *testing.T) { overStores(t, testConformance) }
+
+func testConformance(t *testing.T, k storeKind) {
+	if k.fewer(0, raced(0, 1)) > 0 {
+		t.Skip("long under the race detector; the models run over it")
+	}
 	blocktest.Run(t, func(t *testing.T) block.Device {
-		w := newWorld(t, rand.New(rand.NewPCG(1, 1)), 16<<20, 1<<20, 16<<20)
+		w := newWorld(t, k, rand.New(rand.NewPCG(1, 1)), 16<<20, 1<<20, 16<<20)
 		t.Cleanup(func() {
 			if err := w.eng.Close(context.Background()); err != nil {
 				t.Error(err)

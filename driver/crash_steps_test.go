@@ -12,7 +12,9 @@ import (
 // TestP3KillAtEveryCall kills the daemon at each call to the disk, one after the
 // other, of a short life and of the recovery from it. A flush afterwards means
 // what it says although the dead daemon left files half made.
-func TestP3KillAtEveryCall(t *testing.T) {
+func TestP3KillAtEveryCall(t *testing.T) { overStores(t, testP3KillAtEveryCall) }
+
+func testP3KillAtEveryCall(t *testing.T, k storeKind) {
 	if testing.Short() {
 		t.Skip("long")
 	}
@@ -40,9 +42,9 @@ func TestP3KillAtEveryCall(t *testing.T) {
 		}
 		return r.write(10, 5, 0)
 	}
-	for call := 1; ; call += raced(1, 7) {
+	for call := 1; ; call += k.fewer(raced(1, 7), raced(19, 61)) {
 		rng := rand.New(rand.NewPCG(uint64(call), 9))
-		r := newRig(t, rng, 256, 4).create()
+		r := newRig(t, rng, 256, 4).over(k).create()
 		tr := r.setTrap(call, r.killClone)
 		ended := make(chan struct{})
 		var err error
@@ -83,14 +85,17 @@ func TestP3KillAtEveryCall(t *testing.T) {
 // TestP2PowerLossWhileSealing: a SCO that was never synced and loses power in
 // the middle of being sealed is a torn tail, whatever pieces of its footer and
 // of its size are there. Every moment is tried with many outcomes.
-func TestP2PowerLossWhileSealing(t *testing.T) {
+func TestP2PowerLossWhileSealing(t *testing.T) { overStores(t, testP2PowerLossWhileSealing) }
+
+func testP2PowerLossWhileSealing(t *testing.T, k storeKind) {
 	type moment struct{ clones []*vfs.Mem }
 	seed := rand.Uint64()
 	t.Logf("SCORIA_SEED=%d", seed)
-	for _, name := range []string{"full", "early", "many records"} {
+	names := []string{"full", "early", "many records"}
+	for _, name := range names[:k.fewer(len(names), raced(3, 1))] {
 		t.Run(name, func(t *testing.T) {
 			rng := rand.New(rand.NewPCG(seed, 1))
-			r := newRig(t, rng, 1024, 8).create()
+			r := newRig(t, rng, 1024, 8).over(k).create()
 			if name == "many records" { // a SCO full of clusters and of records
 				for i := range uint64(4) {
 					r.must(r.write(i*200, 200, 0))
@@ -106,11 +111,11 @@ func TestP2PowerLossWhileSealing(t *testing.T) {
 			fsys.SetHook(func(op vfs.Op, file string) error {
 				mu.Lock()
 				defer mu.Unlock()
-				if !strings.HasSuffix(file, ".sco") || op == vfs.OpRead || len(moments) > 40 {
+				if !strings.HasSuffix(file, ".sco") || op == vfs.OpRead || len(moments) > k.fewer(40, raced(12, 4)) {
 					return nil
 				}
 				var m moment
-				for range raced(6, 2) {
+				for range k.fewer(raced(6, 2), 2) {
 					m.clones = append(m.clones, fsys.CrashClone(rng))
 				}
 				moments = append(moments, m)
@@ -153,7 +158,9 @@ func TestP2PowerLossWhileSealing(t *testing.T) {
 // way at the same time, so that power may be lost with the records on the disk and
 // the clusters not. Every moment of several flushes is tried with many outcomes:
 // what was flushed before is there, and what is there is a prefix.
-func TestP1P2PowerLossInSmallFlushes(t *testing.T) {
+func TestP1P2PowerLossInSmallFlushes(t *testing.T) { overStores(t, testP1P2PowerLossInSmallFlushes) }
+
+func testP1P2PowerLossInSmallFlushes(t *testing.T, k storeKind) {
 	type moment struct {
 		at     int64
 		clones []*vfs.Mem
@@ -161,7 +168,7 @@ func TestP1P2PowerLossInSmallFlushes(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("SCORIA_SEED=%d", seed)
 	rng := rand.New(rand.NewPCG(seed, 2))
-	r := newRig(t, rng, 256, 4).create()
+	r := newRig(t, rng, 256, 4).over(k).create()
 	var mu sync.Mutex
 	var moments []moment
 	fsys := r.fs
@@ -172,7 +179,7 @@ func TestP1P2PowerLossInSmallFlushes(t *testing.T) {
 		mu.Lock()
 		defer mu.Unlock()
 		m := moment{at: r.clock.Add(1)}
-		for range raced(8, 3) {
+		for range k.fewer(raced(8, 3), raced(3, 1)) {
 			m.clones = append(m.clones, fsys.CrashClone(rng))
 		}
 		moments = append(moments, m)

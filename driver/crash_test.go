@@ -157,9 +157,9 @@ func (r *rig) dieWhileOpening() bool {
 // killed is there afterwards, again and again on the same disk, also when it is
 // killed while it recovers, and survives a later flush and loss of power.
 func TestP3KillWhileWriting(t *testing.T) {
-	forSeeds(t, raced(12, 3), func(t *testing.T, rng *rand.Rand) {
-		r := newRig(t, rng, 1024, int64(4+4*rng.IntN(3))).create()
-		for range 8 {
+	forStores(t, raced(12, 3), raced(3, 1), func(t *testing.T, k storeKind, rng *rand.Rand) {
+		r := newRig(t, rng, 1024, int64(4+4*rng.IntN(3))).over(k).create()
+		for range k.fewer(8, raced(8, 3)) {
 			at := r.dieWhileWorking(false)
 			open := false
 			for range rng.IntN(4) {
@@ -188,8 +188,8 @@ func TestP3KillWhileWriting(t *testing.T) {
 // what was flushed is there, no cluster is torn, and no old value lies over a
 // newer flushed one.
 func TestP2PowerLossWhileWriting(t *testing.T) {
-	forSeeds(t, raced(12, 3), func(t *testing.T, rng *rand.Rand) {
-		r := newRig(t, rng, 1024, int64(4+4*rng.IntN(3))).create()
+	forStores(t, raced(12, 3), raced(3, 1), func(t *testing.T, k storeKind, rng *rand.Rand) {
+		r := newRig(t, rng, 1024, int64(4+4*rng.IntN(3))).over(k).create()
 		for range 8 {
 			at := r.dieWhileWorking(true)
 			flushed := r.flushedBefore(at)
@@ -204,8 +204,8 @@ func TestP2PowerLossWhileWriting(t *testing.T) {
 // TestP3PoolFull: with a pool far smaller than what is written, on a slow disk,
 // writers wait and nothing that was answered is lost by a kill.
 func TestP3PoolFull(t *testing.T) {
-	forSeeds(t, raced(4, 1), func(t *testing.T, rng *rand.Rand) {
-		r := newRig(t, rng, 4096, 4).create()
+	forStores(t, raced(4, 1), 1, func(t *testing.T, k storeKind, rng *rand.Rand) {
+		r := newRig(t, rng, 4096, 4).over(k).create()
 		for range 4 {
 			r.fs.SetHook(func(op vfs.Op, _ string) error {
 				if op == vfs.OpWrite {

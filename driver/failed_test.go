@@ -16,8 +16,8 @@ import (
 // when its sync fails gives it to the others, acknowledges no flush, and loses
 // nothing, neither for reads nor for the next daemon.
 func TestP8FailedVolumeDoesNotStarveOthers(t *testing.T) {
-	forSeeds(t, raced(3, 1), func(t *testing.T, rng *rand.Rand) {
-		r := newRig(t, rng, 4096, 8).create()
+	forStores(t, raced(3, 1), 1, func(t *testing.T, k storeKind, rng *rand.Rand) {
+		r := newRig(t, rng, 4096, 8).over(k).create()
 		other := r.second("default/other")
 		r.must(r.write(0, 10, 0))
 		r.must(r.flush())

@@ -38,10 +38,12 @@ func (r *rig) objects() []string {
 
 // TestP4StaleOwner: once the store knows a newer epoch, uploads, publications
 // and deletions of the old owner have no effect and end its service.
-func TestP4StaleOwner(t *testing.T) {
+func TestP4StaleOwner(t *testing.T) { overStores(t, testP4StaleOwner) }
+
+func testP4StaleOwner(t *testing.T, k storeKind) {
 	ctx := context.Background()
 	prepare := func(t *testing.T) *rig {
-		r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
+		r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 8).over(k).create()
 		r.must(r.write(0, 600, 0))
 		r.must(r.vol.Checkpoint(ctx))
 		r.vol.WaitSealed()

@@ -28,9 +28,9 @@ type family struct {
 
 const maxWorlds = 5
 
-func newFamily(t *testing.T, rng *rand.Rand) *family {
+func newFamily(t *testing.T, k storeKind, rng *rand.Rand) *family {
 	f := &family{t: t, rng: rng, kin: map[*world][]driver.Ancestor{}}
-	w := newWorld(t, rng, uint64(2+rng.IntN(4))<<20, int64(1+rng.IntN(2))<<20, int64(6+rng.IntN(10))<<20)
+	w := newWorld(t, k, rng, uint64(2+rng.IntN(4))<<20, int64(1+rng.IntN(2))<<20, int64(6+rng.IntN(10))<<20)
 	f.adopt(w)
 	return f
 }
@@ -225,9 +225,9 @@ func (f *family) close() {
 // clones, with restarts, kills and losses of power in between, give the answers of
 // flat models.
 func TestP2Family(t *testing.T) {
-	forSeeds(t, raced(6, 2), func(t *testing.T, rng *rand.Rand) {
-		f := newFamily(t, rng)
-		for range 600 {
+	forStores(t, raced(6, 2), 1, func(t *testing.T, k storeKind, rng *rand.Rand) {
+		f := newFamily(t, k, rng)
+		for range k.fewer(600, raced(300, 80)) {
 			if err := f.step(); err != nil {
 				t.Fatalf("%s: %v", f.where(), err)
 			}
@@ -279,9 +279,9 @@ func TestP2Family(t *testing.T) {
 // TestP2FamilyCrashAtEveryStep: the power goes between any two calls to the disk,
 // while volumes are snapshot, cloned and deleted.
 func TestP2FamilyCrashAtEveryStep(t *testing.T) {
-	forSeeds(t, raced(10, 3), func(t *testing.T, rng *rand.Rand) {
-		f := newFamily(t, rng)
-		for range 12 {
+	forStores(t, raced(10, 3), raced(2, 1), func(t *testing.T, k storeKind, rng *rand.Rand) {
+		f := newFamily(t, k, rng)
+		for range k.fewer(12, raced(12, 4)) {
 			countdown := 1 + rng.IntN(200)
 			w := f.worlds[0]
 			clone := stepsUntilPowerLoss(t, rng, w.fs, w.eng, countdown, func() error {
@@ -307,8 +307,10 @@ func TestP2FamilyCrashAtEveryStep(t *testing.T) {
 }
 
 // TestCloneRefusals: a clone needs its ancestors open, and they wait for it.
-func TestCloneRefusals(t *testing.T) {
-	f := newFamily(t, rand.New(rand.NewPCG(1, 1)))
+func TestCloneRefusals(t *testing.T) { overStores(t, testCloneRefusals) }
+
+func testCloneRefusals(t *testing.T, k storeKind) {
+	f := newFamily(t, k, rand.New(rand.NewPCG(1, 1)))
 	w := f.worlds[0]
 	must := func(err error) {
 		t.Helper()

@@ -446,8 +446,8 @@ func (w *world) verifyAlone(ctx context.Context) {
 // TestSnapshotSpace: deleting snapshots in any order gives back what they held
 // alone, and at the end everything that is not live.
 func TestSnapshotSpace(t *testing.T) {
-	forSeeds(t, raced(10, 3), func(t *testing.T, rng *rand.Rand) {
-		w := newWorld(t, rng, 4<<20, 1<<20, 8<<20)
+	forStores(t, raced(10, 3), raced(2, 1), func(t *testing.T, k storeKind, rng *rand.Rand) {
+		w := newWorld(t, k, rng, 4<<20, 1<<20, 8<<20)
 		must := func(err error) {
 			t.Helper()
 			if err != nil {
@@ -476,8 +476,10 @@ func TestSnapshotSpace(t *testing.T) {
 }
 
 // TestSnapshotRefusals: what can't be done is refused and changes nothing.
-func TestSnapshotRefusals(t *testing.T) {
-	w := newWorld(t, rand.New(rand.NewPCG(1, 1)), 4<<20, 1<<20, 8<<20)
+func TestSnapshotRefusals(t *testing.T) { overStores(t, testSnapshotRefusals) }
+
+func testSnapshotRefusals(t *testing.T, k storeKind) {
+	w := newWorld(t, k, rand.New(rand.NewPCG(1, 1)), 4<<20, 1<<20, 8<<20)
 	ctx := context.Background()
 	if err := w.write(0, 8*cluster, false); err != nil {
 		t.Fatal(err)

@@ -18,7 +18,6 @@ import (
 	"scoria/alba/vfs"
 	"scoria/driver"
 	"scoria/driver/block"
-	"scoria/driver/dirstore"
 )
 
 const (
@@ -33,7 +32,8 @@ type world struct {
 	fs    *vfs.Mem
 	eng   *driver.Engine
 	vol   *driver.Volume
-	store *dirstore.Store
+	kind  storeKind
+	store storeCloser
 	size  uint64
 	cfg   driver.VolumeConfig
 	pool  int64
@@ -58,14 +58,15 @@ type update struct {
 	data []byte
 }
 
-func newWorld(t *testing.T, rng *rand.Rand, size uint64, scoBytes, pool int64) *world {
+func newWorld(t *testing.T, k storeKind, rng *rand.Rand, size uint64, scoBytes, pool int64) *world {
 	t.Helper()
-	w := &world{t: t, rng: rng, fs: vfs.NewMem(), size: size, pool: pool, cache: 1 << 30,
+	w := &world{t: t, rng: rng, kind: k, fs: vfs.NewMem(), size: size, pool: pool, cache: 1 << 30,
 		model: make([]byte, size), flushed: make([]byte, size)}
 	w.cfg = driver.VolumeConfig{
 		ID: uuid.UUID{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}, Name: "default/test", Serial: "s",
 		Size: size, LogicalBlock: 512, SCOBytes: scoBytes, Epoch: 1,
 	}
+	t.Cleanup(func() { w.closeStore() })
 	w.start()
 	if err := w.eng.CreateVolume(context.Background(), w.cfg); err != nil {
 		t.Fatal(err)
@@ -77,7 +78,8 @@ func newWorld(t *testing.T, rng *rand.Rand, size uint64, scoBytes, pool int64) *
 func (w *world) start() {
 	w.t.Helper()
 	var err error
-	if w.store, err = dirstore.Open(w.fs, "data/store", dirstore.Options{}); err != nil {
+	w.closeStore()
+	if w.store, err = w.kind.open(w.fs); err != nil {
 		w.t.Fatalf("%s: %v", w.where(), err)
 	}
 	w.cfg.Store = w.store
@@ -94,6 +96,14 @@ func (w *world) start() {
 	})
 	if err != nil {
 		w.t.Fatalf("%s: %v", w.where(), err)
+	}
+}
+
+// closeStore ends what of the store runs in this process.
+func (w *world) closeStore() {
+	if w.store != nil {
+		_ = w.store.Close()
+		w.store = nil
 	}
 }
 
@@ -441,10 +451,10 @@ func forSeeds(t *testing.T, n int, fn func(t *testing.T, rng *rand.Rand)) {
 	}
 }
 
-func randomWorld(t *testing.T, rng *rand.Rand) *world {
+func randomWorld(t *testing.T, k storeKind, rng *rand.Rand) *world {
 	scoBytes := int64(1+rng.IntN(3)) << 20
 	pool := int64(4+rng.IntN(10)) << 20
-	w := newWorld(t, rng, uint64(2+rng.IntN(6))<<20, scoBytes, pool)
+	w := newWorld(t, k, rng, uint64(2+rng.IntN(6))<<20, scoBytes, pool)
 	if rng.IntN(3) == 0 {
 		w.cache = 1 << 20
 	}
@@ -454,9 +464,9 @@ func randomWorld(t *testing.T, rng *rand.Rand) *world {
 // TestP2Model: random operations with clean restarts, kills and losses of power
 // in between give the answers of a flat model.
 func TestP2Model(t *testing.T) {
-	forSeeds(t, raced(14, 4), func(t *testing.T, rng *rand.Rand) {
-		w := randomWorld(t, rng)
-		for range 400 {
+	forStores(t, raced(14, 4), raced(3, 1), func(t *testing.T, k storeKind, rng *rand.Rand) {
+		w := randomWorld(t, k, rng)
+		for range k.fewer(400, raced(400, 150)) {
 			if err := w.step(); err != nil {
 				t.Fatalf("%s: %v", w.where(), err)
 			}
@@ -491,9 +501,9 @@ func TestP2Model(t *testing.T) {
 // TestP2CrashAtEveryStep: the power goes or the daemon is killed between any two
 // calls to the disk.
 func TestP2CrashAtEveryStep(t *testing.T) {
-	forSeeds(t, raced(20, 5), func(t *testing.T, rng *rand.Rand) {
-		w := randomWorld(t, rng)
-		for range 12 {
+	forStores(t, raced(20, 5), raced(4, 1), func(t *testing.T, k storeKind, rng *rand.Rand) {
+		w := randomWorld(t, k, rng)
+		for range k.fewer(12, raced(12, 5)) {
 			countdown := 1 + w.rng.IntN(150)
 			clone := stepsUntilPowerLoss(t, w.rng, w.fs, w.eng, countdown, w.step)
 			if clone == nil {

@@ -66,8 +66,8 @@ func (m *moodyStore) Delete(ctx context.Context, ns, name string, epoch uint64) 
 }
 
 // moodyRig is a rig whose store can fail and hang.
-func moodyRig(t *testing.T, rng *rand.Rand, clusters uint64, poolMiB int64) (*rig, *moodyStore) {
-	r := newRig(t, rng, clusters, poolMiB)
+func moodyRig(t *testing.T, k storeKind, rng *rand.Rand, clusters uint64, poolMiB int64) (*rig, *moodyStore) {
+	r := newRig(t, rng, clusters, poolMiB).over(k)
 	m := &moodyStore{}
 	r.wrap = func(s driver.Store) driver.Store {
 		m.Store = s
@@ -198,7 +198,7 @@ func TestP8Cancel(t *testing.T) {
 func TestP8StoreFails(t *testing.T) {
 	for _, how := range []string{"fails", "hangs"} {
 		t.Run(how, func(t *testing.T) {
-			r, m := moodyRig(t, rand.New(rand.NewPCG(2, 2)), 4096, 8)
+			r, m := moodyRig(t, directory, rand.New(rand.NewPCG(2, 2)), 4096, 8)
 			healthy := r.cfg
 			r.cfg.Store = m.Store // the second volume's is fine
 			other := r.second("default/other")
@@ -243,7 +243,7 @@ func TestP8StoreFails(t *testing.T) {
 // reported, tried again, and then the report ends.
 func TestP8PublishRecovers(t *testing.T) {
 	ctx := context.Background()
-	r, m := moodyRig(t, rand.New(rand.NewPCG(3, 3)), 1024, 8)
+	r, m := moodyRig(t, directory, rand.New(rand.NewPCG(3, 3)), 1024, 8)
 	r.must(r.write(0, 600, 0))
 	r.must(r.vol.Checkpoint(ctx))
 	r.vol.WaitSealed()

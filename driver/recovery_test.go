@@ -8,11 +8,13 @@ import (
 
 // TestP9OpeningReadsWhatChanged: opening after a loss of power reads the records
 // behind the last checkpoint, however much was written before.
-func TestP9OpeningReadsWhatChanged(t *testing.T) {
+func TestP9OpeningReadsWhatChanged(t *testing.T) { overStores(t, testP9OpeningReadsWhatChanged) }
+
+func testP9OpeningReadsWhatChanged(t *testing.T, k storeKind) {
 	ctx := context.Background()
 	rng := rand.New(rand.NewPCG(1, 1))
 	for _, before := range []int{1, 20, 100} {
-		r := newStillRig(t, rng, 2048, 8).create()
+		r := newStillRig(t, rng, 2048, 8).over(k).create()
 		for range before {
 			first, n := span(rng, 0, 1500, 400)
 			r.must(r.write(first, n, 0))
@@ -40,9 +42,11 @@ func TestP9OpeningReadsWhatChanged(t *testing.T) {
 
 // TestP10StoreAlone: with the host's disk lost, what the store has of a volume
 // that was closed and published opens elsewhere.
-func TestP10StoreAlone(t *testing.T) {
+func TestP10StoreAlone(t *testing.T) { overStores(t, testP10StoreAlone) }
+
+func testP10StoreAlone(t *testing.T, k storeKind) {
 	ctx := context.Background()
-	r := newStillRig(t, rand.New(rand.NewPCG(2, 2)), 2048, 8).create()
+	r := newStillRig(t, rand.New(rand.NewPCG(2, 2)), 2048, 8).over(k).create()
 	for i := range uint64(5) {
 		r.must(r.write(i*300, 400, 0))
 		r.must(r.discard(i*200, 30))

@@ -23,7 +23,6 @@ import (
 	"scoria/alba/vfs"
 	"scoria/driver"
 	"scoria/driver/block"
-	"scoria/driver/dirstore"
 )
 
 // waitLimit is after how long a test that waits gives up with a dump of all
@@ -46,6 +45,9 @@ type rig struct {
 	// still keeps the engine from housekeeping once a second: for tests that count, or
 	// that say when a checkpoint or a publication is made.
 	still bool
+	// stores is what kind of store it has, which is open as store.
+	stores storeKind
+	store  storeCloser
 	// wrap puts something between the volume and its store.
 	wrap func(driver.Store) driver.Store
 
@@ -69,7 +71,8 @@ type effect struct {
 
 func newRig(t *testing.T, rng *rand.Rand, clusters uint64, poolMiB int64) *rig {
 	t.Helper()
-	r := &rig{t: t, rng: rng, fs: vfs.NewMem(), pool: poolMiB << 20, cache: 1 << 30}
+	r := &rig{t: t, rng: rng, fs: vfs.NewMem(), pool: poolMiB << 20, cache: 1 << 30, stores: directory}
+	t.Cleanup(func() { r.closeStore() })
 	r.cfg = driver.VolumeConfig{
 		ID: uuid.UUID{7, 1}, Name: "default/rig", Size: clusters * cluster, LogicalBlock: 512,
 		SCOBytes: 1 << 20, Epoch: 1,
@@ -83,6 +86,12 @@ func newStillRig(t *testing.T, rng *rand.Rand, clusters uint64, poolMiB int64) *
 	t.Helper()
 	r := newRig(t, rng, clusters, poolMiB)
 	r.still = true
+	return r
+}
+
+// over has the volume in another kind of store than the directory store.
+func (r *rig) over(k storeKind) *rig {
+	r.stores = k
 	return r
 }
 
@@ -120,11 +129,12 @@ func (r *rig) start() {
 }
 
 func (r *rig) tryStart() error {
-	store, err := dirstore.Open(r.fs, "data/store", dirstore.Options{})
+	r.closeStore()
+	store, err := r.stores.open(r.fs)
 	if err != nil {
 		return err
 	}
-	r.cfg.Store = store
+	r.store, r.cfg.Store = store, store
 	if r.wrap != nil {
 		r.cfg.Store = r.wrap(store)
 	}
@@ -141,6 +151,14 @@ func (r *rig) tryStart() error {
 		r.eng, err = driver.OpenEngine(context.Background(), cfg)
 	}
 	return err
+}
+
+// closeStore ends what of the store runs in this process.
+func (r *rig) closeStore() {
+	if r.store != nil {
+		_ = r.store.Close()
+		r.store = nil
+	}
 }
 
 func (r *rig) tryOpen() (err error) {

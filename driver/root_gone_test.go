@@ -12,7 +12,11 @@ import (
 // TestSnapshotRootGoesWhileItIsOpened: the local copy of a snapshot's root is removed
 // when the store has it, which may be between a reader's two looks at it.
 func TestSnapshotRootGoesWhileItIsOpened(t *testing.T) {
-	w := newWorld(t, rand.New(rand.NewPCG(1, 1)), 4<<20, 1<<20, 8<<20)
+	overStores(t, testSnapshotRootGoesWhileItIsOpened)
+}
+
+func testSnapshotRootGoesWhileItIsOpened(t *testing.T, k storeKind) {
+	w := newWorld(t, k, rand.New(rand.NewPCG(1, 1)), 4<<20, 1<<20, 8<<20)
 	if err := w.write(0, 8*cluster, false); err != nil {
 		t.Fatal(err)
 	}

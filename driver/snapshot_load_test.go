@@ -277,7 +277,7 @@ func TestDeepChain(t *testing.T) {
 // TestDeleteSnapshotUnderTheHousekeeper: the daemon's own look at a snapshot does not
 // make it one in use.
 func TestDeleteSnapshotUnderTheHousekeeper(t *testing.T) {
-	w := newWorld(t, rand.New(rand.NewPCG(3, 1)), 4<<20, 1<<20, 8<<20)
+	w := newWorld(t, directory, rand.New(rand.NewPCG(3, 1)), 4<<20, 1<<20, 8<<20)
 	ctx := context.Background()
 	if err := w.write(0, 8*cluster, false); err != nil {
 		t.Fatal(err)

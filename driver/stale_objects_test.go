@@ -16,7 +16,11 @@ import (
 // store after it does not take away the pages that the volume has gone back to, even
 // when their snapshot is deleted by then and only the store has them.
 func TestP5PagesOfARollbackStayInTheStore(t *testing.T) {
-	r, m := moodyRig(t, rand.New(rand.NewPCG(1, 5)), 1024, 8)
+	overStores(t, testP5PagesOfARollbackStayInTheStore)
+}
+
+func testP5PagesOfARollbackStayInTheStore(t *testing.T, k storeKind) {
+	r, m := moodyRig(t, k, rand.New(rand.NewPCG(1, 5)), 1024, 8)
 	ctx := context.Background()
 	const length = 64 * cluster
 	fill := func(b byte) {

@@ -84,8 +84,8 @@ func (m *muteStore) waiting(n int) func() bool {
 
 // muteRig is a volume with data in the store only, 512 clusters, and a map that
 // has not been read yet; with pages what it has to be read from is only there, too.
-func muteRig(t *testing.T, rng *rand.Rand, pages bool) (*rig, *muteStore) {
-	r := newRig(t, rng, 1024, 8)
+func muteRig(t *testing.T, k storeKind, rng *rand.Rand, pages bool) (*rig, *muteStore) {
+	r := newRig(t, rng, 1024, 8).over(k)
 	m := &muteStore{}
 	r.wrap = func(s driver.Store) driver.Store {
 		m.Store = s
@@ -124,10 +124,10 @@ func muteRig(t *testing.T, rng *rand.Rand, pages bool) (*rig, *muteStore) {
 }
 
 // eachMood calls fn for what a store can do instead of answering, and for what is
-// only there.
-func eachMood(t *testing.T, fn func(t *testing.T, how string, pages bool)) {
+// only there. Over the objects nothing is different but the store behind it.
+func eachMood(t *testing.T, k storeKind, fn func(t *testing.T, how string, pages bool)) {
 	for _, how := range []string{"fails", "hangs"} {
-		for _, pages := range []bool{false, true} {
+		for _, pages := range []bool{true, false}[:k.fewer(2, 1)] {
 			t.Run(fmt.Sprintf("%s/pages=%v", how, pages), func(t *testing.T) { fn(t, how, pages) })
 		}
 	}
@@ -176,9 +176,11 @@ func storeRequests() map[string]*block.Request {
 
 // TestP8StoreDoesNotAnswer: requests that need what only the store has wait while
 // it fails or hangs, visibly, and go on by themselves when it answers.
-func TestP8StoreDoesNotAnswer(t *testing.T) {
-	eachMood(t, func(t *testing.T, how string, pages bool) {
-		r, m := muteRig(t, rand.New(rand.NewPCG(1, 1)), pages)
+func TestP8StoreDoesNotAnswer(t *testing.T) { overStores(t, testP8StoreDoesNotAnswer) }
+
+func testP8StoreDoesNotAnswer(t *testing.T, k storeKind) {
+	eachMood(t, k, func(t *testing.T, how string, pages bool) {
+		r, m := muteRig(t, k, rand.New(rand.NewPCG(1, 1)), pages)
 		m.set(how)
 		ended := map[string]<-chan error{}
 		for name, q := range storeRequests() {
@@ -211,9 +213,11 @@ func TestP8StoreDoesNotAnswer(t *testing.T) {
 // TestP8WaitForStoreEnds: a request that waits for the store ends when its owner
 // gives up, nobody else's does; the rest ends when the volume is closed, which a
 // store that hangs does not hold up.
-func TestP8WaitForStoreEnds(t *testing.T) {
-	eachMood(t, func(t *testing.T, how string, pages bool) {
-		r, m := muteRig(t, rand.New(rand.NewPCG(1, 2)), pages)
+func TestP8WaitForStoreEnds(t *testing.T) { overStores(t, testP8WaitForStoreEnds) }
+
+func testP8WaitForStoreEnds(t *testing.T, k storeKind) {
+	eachMood(t, k, func(t *testing.T, how string, pages bool) {
+		r, m := muteRig(t, k, rand.New(rand.NewPCG(1, 2)), pages)
 		m.set(how)
 		mine := map[string]<-chan error{}
 		for name, q := range storeRequests() {
@@ -251,7 +255,11 @@ func TestP8WaitForStoreEnds(t *testing.T) {
 // TestP8HangingStoreDoesNotHoldUpTheEnd: neither an opening nor what reads the root of
 // a snapshot keeps the daemon from stopping.
 func TestP8HangingStoreDoesNotHoldUpTheEnd(t *testing.T) {
-	r, m := muteRig(t, rand.New(rand.NewPCG(1, 4)), false)
+	overStores(t, testP8HangingStoreDoesNotHoldUpTheEnd)
+}
+
+func testP8HangingStoreDoesNotHoldUpTheEnd(t *testing.T, k storeKind) {
+	r, m := muteRig(t, k, rand.New(rand.NewPCG(1, 4)), false)
 	s, err := r.vol.CreateSnapshot(context.Background(), uuid.UUID{1}, "s", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -300,8 +308,10 @@ func TestP8HangingStoreDoesNotHoldUpTheEnd(t *testing.T) {
 }
 
 // TestP5LostObjectIsNotWaitedFor: what the store does not have is an error at once.
-func TestP5LostObjectIsNotWaitedFor(t *testing.T) {
-	r, _ := muteRig(t, rand.New(rand.NewPCG(1, 3)), false)
+func TestP5LostObjectIsNotWaitedFor(t *testing.T) { overStores(t, testP5LostObjectIsNotWaitedFor) }
+
+func testP5LostObjectIsNotWaitedFor(t *testing.T, k storeKind) {
+	r, _ := muteRig(t, k, rand.New(rand.NewPCG(1, 3)), false)
 	ctx := context.Background()
 	ns := r.cfg.ID.String()
 	names, err := r.cfg.Store.List(ctx, ns, "sco-")

@@ -52,6 +52,13 @@ var rules = []rule{
 		reason: "the object store serves the driver; were it to know the driver, neither could be used or tested alone",
 	},
 	{
+		in:     []string{"scoria/driver/..."},
+		except: []string{"scoria/driver/host/...", "scoria/driver/control/..."},
+		forbid: []string{"scoria/alba/..."},
+		allow:  []string{"scoria/alba/vfs"},
+		reason: "the driver knows its store only as driver.Store; driver/host joins it with the object store, over which the driver's tests run too",
+	},
+	{
 		in:     []string{"scoria/alba/asd", "scoria/alba/wire"},
 		forbid: []string{"os", "net/...", "os/...", "syscall", "golang.org/x/sys/...", "github.com/cockroachdb/..."},
 		reason: "what all of the object store knows of an ASD is types and bytes: neither a disk, nor a network, nor a key-value store",

@@ -16,6 +16,7 @@ import (
 	"scoria/alba/vfs"
 	"scoria/driver"
 	"scoria/driver/host"
+	"scoria/driver/host/objecttest"
 	"scoria/driver/registry"
 )
 
@@ -56,12 +57,12 @@ func TestAdoptedObject(t *testing.T) {
 	}
 	defer reg.Close()
 	ps := albatest.Preset(alba.Policy{K: 1, M: 0, C: 1, X: 1})
-	store, stop, err := albaStore(host.AlbaRegistry{Store: reg}, vfs.OS(), dir, 1, ps)
+	store, err := objecttest.Open(host.AlbaRegistry{Store: reg}, vfs.OS(), dir, 1, ps)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer stop()
-	p := store.(host.AlbaStore).Proxy
+	defer store.Close()
+	p := store.Proxy
 	check := func(err error) {
 		t.Helper()
 		if err != nil {

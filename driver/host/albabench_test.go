@@ -13,6 +13,7 @@ import (
 	"scoria/alba/vfs"
 	"scoria/driver"
 	"scoria/driver/host"
+	"scoria/driver/host/objecttest"
 	"scoria/driver/registry"
 )
 
@@ -25,11 +26,11 @@ func benchStore(b *testing.B, pol alba.Policy, enc alba.Encryption) driver.Store
 	}
 	ps := albatest.Preset(pol)
 	ps.FragmentBytes, ps.Encryption = alba.DefaultFragment, enc
-	s, stop, err := albaStore(host.AlbaRegistry{Store: reg}, vfs.OS(), dir, pol.Shards(), ps)
+	s, err := objecttest.Open(host.AlbaRegistry{Store: reg}, vfs.OS(), dir, pol.Shards(), ps)
 	if err != nil {
 		b.Fatal(err)
 	}
-	b.Cleanup(func() { stop(); _ = reg.Close() })
+	b.Cleanup(func() { _ = s.Close(); _ = reg.Close() })
 	if err := s.CreateNamespace(b.Context(), "n"); err != nil {
 		b.Fatal(err)
 	}
