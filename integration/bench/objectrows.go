@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -136,13 +137,23 @@ func (b *bench) measureUpload(ctx context.Context, c uploadCase, data []byte) er
 		mine, err := b.timed(ctx, len(data), func() error {
 			n++
 			return r.proxy.Put(ctx, "n", fmt.Sprint("o", round, "-", n), 1, bytes.NewReader(data), int64(len(data)))
-		}, func() error { return r.proxy.Delete(ctx, "n", fmt.Sprint("o", round, "-", n), 1) })
+		}, func() error {
+			if err := r.proxy.Delete(ctx, "n", fmt.Sprint("o", round, "-", n), 1); err != nil {
+				return err
+			}
+			return r.settle(ctx)
+		})
 		if err != nil {
 			return err
 		}
 		b.results.put(c.row(), scoriaName, round, mine)
 		files := b.diskFiles(r.dir, c, data)
-		disks, err := b.timed(ctx, len(data), files.write, files.remove)
+		disks, err := b.timed(ctx, len(data), files.write, func() error {
+			if err := files.remove(); err != nil {
+				return err
+			}
+			return r.settle(ctx)
+		})
 		if err != nil {
 			return err
 		}
@@ -186,35 +197,42 @@ func (b *bench) timed(ctx context.Context, size int, do, after func() error) (re
 	return res, nil
 }
 
-// boundFiles write the bytes of an upload to as many files at once as it has shards.
+// boundFiles write the bytes of an upload to as many files at once as it has fragments.
 type boundFiles struct {
-	dir    string
-	shards [][]byte
+	dir       string
+	fragments [][]byte
 }
 
 func (b *bench) diskFiles(dir string, c uploadCase, data []byte) *boundFiles {
 	f := &boundFiles{dir: dir}
-	shard := len(data) / c.k &^ 4095
-	for i := range c.k + c.m {
-		from := (i % c.k) * shard
-		f.shards = append(f.shards, data[from:from+shard])
+	l := alba.Layout{K: c.k, M: c.m, FragmentBytes: alba.PlanFragment(int64(len(data)), c.k, alba.DefaultFragment, alba.BlockSize), Stored: int64(len(data)), Unit: alba.BlockSize}
+	for i := range l.Chunks() {
+		n := l.FragmentLen(i)
+		for shard := range c.k + c.m {
+			// Parity is any bytes; the last chunk's fragments begin where there are enough.
+			from := min(i*int(l.ChunkBytes())+shard%c.k*n, len(data)-n)
+			f.fragments = append(f.fragments, data[from:from+n])
+		}
 	}
 	return f
 }
 
 func (f *boundFiles) name(i int) string { return filepath.Join(f.dir, fmt.Sprint("bound-", i)) }
 
-// write writes through the page cache, which is the faster way here for few files, and
-// syncs each file.
+// write writes through the page cache, which is the faster way here, into room that is
+// reserved, and syncs each file.
 func (f *boundFiles) write() error {
 	var g errgroup.Group
-	for i, p := range f.shards {
+	for i, p := range f.fragments {
 		g.Go(func() error {
 			file, err := os.Create(f.name(i))
 			if err != nil {
 				return err
 			}
 			defer file.Close()
+			if err := unix.Fallocate(int(file.Fd()), 0, 0, int64(len(p))); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+				return err
+			}
 			if _, err := file.Write(p); err != nil {
 				return err
 			}
@@ -225,7 +243,7 @@ func (f *boundFiles) write() error {
 }
 
 func (f *boundFiles) remove() error {
-	for i := range f.shards {
+	for i := range f.fragments {
 		if err := os.Remove(f.name(i)); err != nil {
 			return err
 		}

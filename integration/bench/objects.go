@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -195,6 +196,41 @@ func (r *objectRig) dropCaches() error {
 		defer f.Close()
 		return unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
 	})
+}
+
+// settle returns when what was deleted is gone from the file system and its journal:
+// else the next measurement would free that room, and discard it on the disk.
+func (r *objectRig) settle(ctx context.Context) error {
+	for {
+		left := ""
+		err := filepath.WalkDir(r.dir, func(name string, entry fs.DirEntry, err error) error {
+			if err == nil && !entry.IsDir() && strings.Contains(name, "/values/") {
+				left = name
+				err = filepath.SkipAll
+			}
+			if errors.Is(err, fs.ErrNotExist) { // removed meanwhile
+				err = nil
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		if left == "" {
+			break
+		}
+		select {
+		case <-time.After(time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("deleted, but there is still %s: %w", left, ctx.Err())
+		}
+	}
+	dir, err := os.Open(r.dir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return unix.Syncfs(int(dir.Fd()))
 }
 
 // repairOne has everything that a device held rebuilt on the others.
