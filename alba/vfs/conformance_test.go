@@ -190,6 +190,8 @@ func TestReadWriteSparse(t *testing.T) {
 		}
 		must(t, f.Sync())
 		must(t, f.StartWriteback(0, 4096))
+		must(t, f.Prefetch(0, 4096))
+		must(t, f.Prefetch(1<<40, 4096))
 		must(t, f.DropCache(0, 4096))
 	})
 }

@@ -46,13 +46,14 @@ const (
 	OpPunchHole
 	OpSync
 	OpStartWriteback
+	OpPrefetch
 	OpDropCache
 	opCount
 )
 
 var opNames = [opCount]string{
 	"open", "create", "mkdir", "remove", "rename", "link", "list", "stat", "syncdir", "lock", "free", "map",
-	"read", "write", "truncate", "allocate", "punch hole", "sync", "start writeback", "drop cache",
+	"read", "write", "truncate", "allocate", "punch hole", "sync", "start writeback", "prefetch", "drop cache",
 }
 
 func (o Op) String() string {

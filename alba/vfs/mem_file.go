@@ -249,6 +249,15 @@ func (f *memFile) StartWriteback(off, length int64) error {
 	return nil
 }
 
+// Prefetch implements File.
+func (f *memFile) Prefetch(off, length int64) error {
+	if err := f.enter(OpPrefetch, false); err != nil {
+		return err
+	}
+	f.m.mu.Unlock()
+	return nil
+}
+
 // DropCache implements File.
 func (f *memFile) DropCache(off, length int64) error {
 	if err := f.enter(OpDropCache, false); err != nil {

@@ -260,6 +260,13 @@ func (f *osFile) StartWriteback(off, length int64) error {
 	})
 }
 
+// Prefetch implements File.
+func (f *osFile) Prefetch(off, length int64) error {
+	return f.do("prefetch", func(fd int) error {
+		return ignoreUnsupported(unix.Fadvise(fd, off, length, unix.FADV_WILLNEED))
+	})
+}
+
 // DropCache implements File.
 func (f *osFile) DropCache(off, length int64) error {
 	return f.do("drop cache", func(fd int) error {

@@ -103,6 +103,9 @@ type File interface {
 	// StartWriteback asks the disk to begin writing [off, off+length) and
 	// promises nothing.
 	StartWriteback(off, length int64) error
+	// Prefetch asks the disk to begin reading [off, off+length) into the page cache,
+	// and promises nothing: a read there soon waits for less.
+	Prefetch(off, length int64) error
 	// DropCache tells the page cache that [off, off+length) won't be needed soon.
 	DropCache(off, length int64) error
 }

@@ -52,14 +52,43 @@ func suffix(tcp bool) string {
 	return ""
 }
 
-func readRow(tcp bool) string { return "objects-read-4k" + suffix(tcp) }
+// readCase is one row of reads.
+type readCase struct {
+	tcp  bool
+	cold bool // nothing of the fragments is in memory, not even their checksums
+}
+
+func readCases() []readCase {
+	return []readCase{{}, {tcp: true}, {cold: true}, {tcp: true, cold: true}}
+}
+
+func (c readCase) row() string {
+	if c.cold {
+		return "objects-read-4k-cold" + suffix(c.tcp)
+	}
+	return "objects-read-4k" + suffix(c.tcp)
+}
+
+func (c readCase) target() target {
+	t := target{title: "4 KiB read of a stored object, embedded, p50, against a disk read", workload: c.row(), unit: "µs", value: p50, against: bareName, limit: 2, goal: 1.3, atMost: true}
+	if c.tcp {
+		t.title = "4 KiB read of a stored object, loopback TCP, p50, against round trip + disk read"
+	}
+	if c.cold {
+		t.title += ", checksums not in memory"
+	}
+	return t
+}
 
 // objectRows are the names under which results are kept.
 func objectRows() (names []string) {
 	for _, c := range uploadCases() {
 		names = append(names, c.row())
 	}
-	return append(names, readRow(false), readRow(true))
+	for _, c := range readCases() {
+		names = append(names, c.row())
+	}
+	return names
 }
 
 // objectTargets are the lines of §13 on the object store.
@@ -70,9 +99,10 @@ func objectTargets() (list []target) {
 			list = append(list, target{title: "the same, against erasure coding alone", workload: c.row(), unit: "MB/s", value: mbps, against: erasureName})
 		}
 	}
-	return append(list,
-		target{title: "4 KiB read of a stored object, embedded, p50, against a disk read", workload: readRow(false), unit: "µs", value: p50, against: bareName, limit: 2, goal: 1.3, atMost: true},
-		target{title: "4 KiB read of a stored object, loopback TCP, p50, against round trip + disk read", workload: readRow(true), unit: "µs", value: p50, against: bareName, limit: 2, goal: 1.3, atMost: true})
+	for _, c := range readCases() {
+		list = append(list, c.target())
+	}
+	return list
 }
 
 func over(tcp bool) string {
@@ -107,9 +137,9 @@ func (b *bench) measureObjects(ctx context.Context) error {
 			b.fail(c.row(), b.measureUpload(ctx, c, data))
 		}
 	}
-	for _, tcp := range []bool{false, true} {
-		if b.wants(readRow(tcp)) && ctx.Err() == nil {
-			b.fail(readRow(tcp), b.measureObjectReads(ctx, tcp, data))
+	for _, c := range readCases() {
+		if b.wants(c.row()) && ctx.Err() == nil {
+			b.fail(c.row(), b.measureObjectReads(ctx, c, data))
 		}
 	}
 	for _, row := range []struct {
@@ -126,7 +156,7 @@ func (b *bench) measureObjects(ctx context.Context) error {
 // measureUpload stores objects for a while, in turns with the same bytes written and
 // synced to files, and with parity computed in memory.
 func (b *bench) measureUpload(ctx context.Context, c uploadCase, data []byte) error {
-	r, err := b.newObjectRig(ctx, c.k+c.m, c.policy(), alba.EncryptNone, c.tcp)
+	r, err := b.newObjectRig(ctx, rigOptions{devices: c.k + c.m, policy: c.policy(), tcp: c.tcp})
 	if err != nil {
 		return err
 	}
@@ -309,8 +339,12 @@ func (r *objectRig) readObject(ctx context.Context) func(int, []byte, int64) err
 }
 
 // measureObjectReads reads what no cache has, in turns with a bare loop.
-func (b *bench) measureObjectReads(ctx context.Context, tcp bool, data []byte) error {
-	r, err := b.newObjectRig(ctx, objectDevices, alba.Policy{K: 4, M: 2, C: 6, X: 1}, alba.EncryptNone, tcp)
+func (b *bench) measureObjectReads(ctx context.Context, c readCase, data []byte) error {
+	handles := 0
+	if c.cold {
+		handles = 1 // of open files with their checksums, per storage daemon
+	}
+	r, err := b.newObjectRig(ctx, rigOptions{devices: objectDevices, policy: alba.Policy{K: 4, M: 2, C: 6, X: 1}, tcp: c.tcp, handles: handles})
 	if err != nil {
 		return err
 	}
@@ -318,12 +352,12 @@ func (b *bench) measureObjectReads(ctx context.Context, tcp bool, data []byte) e
 	if err := storedObjects(ctx, r, data); err != nil {
 		return err
 	}
-	bare, done, err := b.bareReads(r.dir, tcp, data)
+	bare, done, err := b.bareReads(r.dir, c.tcp, data)
 	if err != nil {
 		return err
 	}
 	defer done()
-	b.say("%s: %d rounds", readRow(tcp), b.cfg.rounds)
+	b.say("%s: %d rounds", c.row(), b.cfg.rounds)
 	if _, err := b.readLoop(ctx, 99, len(data), r.readObject(ctx)); err != nil { // heads are read once
 		return err
 	}
@@ -341,20 +375,24 @@ func (b *bench) measureObjectReads(ctx context.Context, tcp bool, data []byte) e
 		if err != nil {
 			return err
 		}
-		b.results.put(readRow(tcp), scoriaName, round, mine)
+		b.results.put(c.row(), scoriaName, round, mine)
 		other, err := b.readLoop(ctx, uint64(round), len(data), bare)
 		if err != nil {
 			return err
 		}
-		b.results.put(readRow(tcp), bareName, round, other)
+		b.results.put(c.row(), bareName, round, other)
 	}
 	now, err := r.diskBytes(ctx)
 	if err != nil {
 		return err
 	}
 	total := float64(counters.ReadBytes.Load() - asked)
-	b.figure(readRow(tcp), "bytes fetched from storage daemons per byte asked"+over(tcp), float64(counters.FetchedBytes.Load()-fetched)/total, "×", 1.01)
-	b.figure(readRow(tcp), "bytes that these read from their disks per byte asked"+over(tcp), float64(now-fromDisk)/total, "×", 1.01)
+	if c.cold {
+		b.figure(c.row(), "bytes that these read from their disks per byte asked, checksums not in memory"+over(c.tcp), float64(now-fromDisk)/total, "×", 0)
+		return nil
+	}
+	b.figure(c.row(), "bytes fetched from storage daemons per byte asked"+over(c.tcp), float64(counters.FetchedBytes.Load()-fetched)/total, "×", 1.01)
+	b.figure(c.row(), "bytes that these read from their disks per byte asked"+over(c.tcp), float64(now-fromDisk)/total, "×", 1.01)
 	return nil
 }
 
@@ -414,7 +452,7 @@ func (b *bench) bareReads(dir string, tcp bool, data []byte) (read func(int, []b
 
 // measureEncryptedReads says what encryption adds to what is read.
 func (b *bench) measureEncryptedReads(ctx context.Context, data []byte) error {
-	r, err := b.newObjectRig(ctx, objectDevices, alba.Policy{K: 4, M: 2, C: 6, X: 1}, alba.EncryptAES256GCM, false)
+	r, err := b.newObjectRig(ctx, rigOptions{devices: objectDevices, policy: alba.Policy{K: 4, M: 2, C: 6, X: 1}, encryption: alba.EncryptAES256GCM})
 	if err != nil {
 		return err
 	}
@@ -450,7 +488,7 @@ const slowDisk = 200 * time.Millisecond
 
 // measureDegraded reads with all devices, with one that answers late, and without it.
 func (b *bench) measureDegraded(ctx context.Context, data []byte) error {
-	r, err := b.newObjectRig(ctx, objectDevices, alba.Policy{K: 4, M: 2, C: 6, X: 1}, alba.EncryptNone, false)
+	r, err := b.newObjectRig(ctx, rigOptions{devices: objectDevices, policy: alba.Policy{K: 4, M: 2, C: 6, X: 1}})
 	if err != nil {
 		return err
 	}
@@ -490,7 +528,7 @@ func (b *bench) measureDegraded(ctx context.Context, data []byte) error {
 // measureRepair removes a device and rebuilds what it held on a spare one.
 func (b *bench) measureRepair(ctx context.Context, data []byte) error {
 	pol := alba.Policy{K: 4, M: 2, C: 6, X: 1}
-	r, err := b.newObjectRig(ctx, objectDevices+1, pol, alba.EncryptNone, false)
+	r, err := b.newObjectRig(ctx, rigOptions{devices: objectDevices + 1, policy: pol})
 	if err != nil {
 		return err
 	}

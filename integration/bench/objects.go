@@ -31,8 +31,8 @@ import (
 // objectRig is an object store in this process: storage daemons in directories below
 // one, which are spoken to directly or over loopback TCP, and a proxy.
 type objectRig struct {
+	rigOptions
 	dir     string
-	tcp     bool
 	reg     registry.Store
 	proxy   *proxy.Proxy
 	closers []func() error
@@ -75,9 +75,18 @@ func (c *benchClient) ReadAt(ctx context.Context, key string, p []byte, off int6
 // Close leaves the daemon to the rig.
 func (c *benchClient) Close() error { return nil }
 
-// newObjectRig opens n storage daemons and makes a namespace "n" with the policy.
-func (b *bench) newObjectRig(ctx context.Context, n int, pol alba.Policy, enc alba.Encryption, tcp bool) (_ *objectRig, err error) {
-	r := &objectRig{tcp: tcp, clients: map[string]*benchClient{}}
+// rigOptions say what an objectRig is like.
+type rigOptions struct {
+	devices    int
+	policy     alba.Policy
+	encryption alba.Encryption
+	tcp        bool
+	handles    int // of value files that each storage daemon keeps; 0: its default
+}
+
+// newObjectRig opens storage daemons and makes a namespace "n".
+func (b *bench) newObjectRig(ctx context.Context, o rigOptions) (_ *objectRig, err error) {
+	r := &objectRig{rigOptions: o, clients: map[string]*benchClient{}}
 	defer func() {
 		if err != nil {
 			r.close()
@@ -99,7 +108,7 @@ func (b *bench) newObjectRig(ctx context.Context, n int, pol alba.Policy, enc al
 		return nil, err
 	}
 	r.closers = append(r.closers, func() error { r.proxy.Close(); return nil })
-	for i := range n {
+	for i := range o.devices {
 		address := filepath.Join(r.dir, fmt.Sprint("asd", i))
 		if err := r.startASD(address); err != nil {
 			return nil, err
@@ -108,7 +117,7 @@ func (b *bench) newObjectRig(ctx context.Context, n int, pol alba.Policy, enc al
 			return nil, err
 		}
 	}
-	ps := alba.Preset{Name: "p", Policies: []alba.Policy{pol}, FragmentBytes: alba.DefaultFragment, Encryption: enc}
+	ps := alba.Preset{Name: "p", Policies: []alba.Policy{o.policy}, FragmentBytes: alba.DefaultFragment, Encryption: o.encryption}
 	if err := r.proxy.SetPreset(ctx, ps); err != nil {
 		return nil, err
 	}
@@ -117,7 +126,7 @@ func (b *bench) newObjectRig(ctx context.Context, n int, pol alba.Policy, enc al
 
 // startASD opens a storage daemon, and a server and a client for it if asked.
 func (r *objectRig) startASD(address string) error {
-	d, err := disk.Open(vfs.OS(), address, disk.Options{ReserveBytes: 1 << 20, Log: zerolog.Nop()})
+	d, err := disk.Open(vfs.OS(), address, disk.Options{ReserveBytes: 1 << 20, Handles: r.handles, Log: zerolog.Nop()})
 	if err != nil {
 		return err
 	}

@@ -63,7 +63,7 @@ func TestObjectRows(t *testing.T) {
 		t.Errorf("there is no figure %q", title)
 	}
 	out.Reset()
-	if err := doc.print(&out); err != nil || !strings.Contains(out.String(), "SCO upload, 4+2") || !strings.Contains(out.String(), readRow(true)) {
+	if err := doc.print(&out); err != nil || !strings.Contains(out.String(), "SCO upload, 4+2") || !strings.Contains(out.String(), (readCase{tcp: true, cold: true}).row()) {
 		t.Errorf("%v\n%s", err, out.String())
 	}
 	left, err := os.ReadDir(b.dataDir)

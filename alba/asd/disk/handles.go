@@ -42,9 +42,10 @@ func newHandles(d *Disk, limit int) *handles {
 	return &handles{d: d, max: limit, byID: make(map[uint64]*handle), lru: list.New()}
 }
 
-// get returns the open file of a record; put gives it back. errRetry if there
-// is no such file; a *asd.CorruptError if its head is damaged.
-func (c *handles) get(key string, rec *record) (*handle, error) {
+// get returns the open file of a record, of which want bytes at off of the value will
+// be read next; put gives it back. errRetry if there is no such file; a
+// *asd.CorruptError if its head is damaged.
+func (c *handles) get(key string, rec *record, off, want int64) (*handle, error) {
 	c.mu.Lock()
 	h := c.byID[rec.fileID]
 	if h != nil {
@@ -59,7 +60,7 @@ func (c *handles) get(key string, rec *record) (*handle, error) {
 		evicted := c.evict()
 		c.mu.Unlock()
 		closeAll(evicted)
-		h.file, h.head, h.err = c.d.openValueFile(key, rec)
+		h.file, h.head, h.err = c.d.openValueFile(key, rec, off, want)
 		close(h.ready)
 	}
 	if h.err != nil {
@@ -136,15 +137,24 @@ func (d *Disk) valueName(id uint64) string {
 	return path.Join(d.valueDir(id), fmt.Sprintf("%016x", id))
 }
 
+// maxPrefetch bounds what is asked for ahead of a value file's head, bytes.
+const maxPrefetch = 256 << 10
+
 // openValueFile opens the file of a record and reads its head, which must be
-// the one that the record means.
-func (d *Disk) openValueFile(key string, rec *record) (vfs.File, fileHeader, error) {
+// the one that the record means. The disk reads want bytes at off of the value at the
+// same time, so that the first read of a file waits for it once, not twice; if they
+// lie elsewhere after all, that was in vain.
+func (d *Disk) openValueFile(key string, rec *record, off, want int64) (vfs.File, fileHeader, error) {
 	f, err := d.fs.Open(d.valueName(rec.fileID), vfs.ReadOnly)
 	if isNotExist(err) {
 		return nil, fileHeader{}, errRetry
 	}
 	if err != nil {
 		return nil, fileHeader{}, fmt.Errorf("key %q: %w", key, err)
+	}
+	if want > 0 && !rec.adopted {
+		at := int64(fileHeadBytes(key, asd.Blocks(rec.size, rec.blockSize))) + off
+		_ = f.Prefetch(at, min(want, maxPrefetch)) // a hint: the read shows what is wrong
 	}
 	h, err := d.fileHead(f, key, rec)
 	if err != nil {

@@ -117,7 +117,7 @@ func (d *Disk) readSpan(key string, rec *record, buf []byte, first int, start, e
 		}
 		return p, decodeCRCs(rec.crcs[4*first : 4*(first+blocks)]), nil
 	}
-	h, err := d.handles.get(key, rec)
+	h, err := d.handles.get(key, rec, start, end-start)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -162,7 +162,7 @@ func (v *verifier) file(key string, rec *record) error {
 		_ = f.DropCache(rec.fileOff, rec.room(key))
 		_ = f.Close()
 	}
-	f, head, err := v.d.openValueFile(key, rec)
+	f, head, err := v.d.openValueFile(key, rec, 0, 0)
 	if err != nil {
 		return err
 	}
