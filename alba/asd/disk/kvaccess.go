@@ -252,6 +252,11 @@ func (f *accessFile) StartWriteback(off, length int64) error {
 	return f.access.call(func() error { return f.file.StartWriteback(off, length) })
 }
 
+// Prefetch implements vfs.File.
+func (f *accessFile) Prefetch(off, length int64) error {
+	return f.access.call(func() error { return f.file.Prefetch(off, length) })
+}
+
 // DropCache implements vfs.File.
 func (f *accessFile) DropCache(off, length int64) error {
 	return f.access.call(func() error { return f.file.DropCache(off, length) })
