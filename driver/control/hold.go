@@ -51,8 +51,10 @@ func (s *Server) hold(w http.ResponseWriter, r *http.Request) {
 func (c *Client) Hold(ctx context.Context) (owner string, release func(), err error) {
 	open, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, cancel)
-	defer stop()
 	defer func() {
+		if !stop() && err == nil { // ctx has ended, and the request ends with it
+			owner, release, err = "", nil, ctx.Err()
+		}
 		if err != nil {
 			cancel()
 		}
