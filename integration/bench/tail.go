@@ -281,9 +281,9 @@ func readGC(socket string) (t gcTime, err error) {
 
 // tailFigures are the lines that say whose the tail is.
 func (b *bench) tailFigures() {
-	for _, row := range []string{rowTailWrite, rowTailRead} {
-		rounds := b.results[row][scoriaName]
-		if len(rounds) == 0 {
+	for _, t := range [][2]string{{rowTailWrite, "write"}, {rowTailRead, "read"}} {
+		row, what := t[0], t[1]
+		if len(b.results[row][scoriaName]) == 0 {
 			continue
 		}
 		line := func(title, server, unit string, of func(*sample) float64) {
@@ -293,7 +293,7 @@ func (b *bench) tailFigures() {
 					v = append(v, of(r))
 				}
 			}
-			b.figure(row, title, spreadOf(v).Median, unit, 0)
+			b.figure(row, what+", half load: "+title, spreadOf(v).Median, unit, 0)
 		}
 		share := func(of func(*sample) time.Duration) func(*sample) float64 {
 			return func(r *sample) float64 { return 100 * of(r).Seconds() / max(r.length.Seconds(), 1e-9) }
