@@ -16,7 +16,7 @@ import (
 
 // How an upload treats slow and failing devices.
 const (
-	attempts     = 6                // uploads of one Put
+	attempts     = 8                // uploads of one Put: two for each of four devices that fail one after the other
 	writeTimeout = 20 * time.Second // of one Apply, while fewer than c shards are durable
 	lateTimeout  = 30 * time.Second // of shards that complete in the background
 	graceMin     = 20 * time.Millisecond
