@@ -33,6 +33,7 @@
 //
 //	alba/preset/NAME             Preset
 //	alba/asd/ID                  Device
+//	alba/removed/ID              Device that nothing refers to any more; never taken in again
 //	alba/namespace/NAME          Namespace
 //	alba/object/NSID/OBJECT      Manifest (binary)
 //	alba/intent/NSID/UPLOAD      Intent

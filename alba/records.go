@@ -206,6 +206,7 @@ const (
 	IntentPrefix    = Prefix + "intent/"
 	TrashPrefix     = Prefix + "trash/"
 	JobPrefix       = Prefix + "job/"
+	RemovedPrefix   = Prefix + "removed/"
 
 	// ClusterKey holds an ID in hex that all devices of the registry know.
 	ClusterKey = Prefix + "cluster"
@@ -216,6 +217,10 @@ func PresetKey(name string) string { return PresetPrefix + name }
 
 // DeviceKey is where a device is in the registry.
 func DeviceKey(id string) string { return DevicePrefix + id }
+
+// RemovedKey is where it is remembered that a device was removed and that nothing
+// refers to it any more: its last Device record.
+func RemovedKey(id string) string { return RemovedPrefix + id }
 
 // NamespaceKey is where a namespace is in the registry.
 func NamespaceKey(name string) string { return NamespacePrefix + name }

@@ -16,6 +16,9 @@ var (
 	// registry was lost (then the registry must be rebuilt from the devices first).
 	ErrForeign = errors.New("device belongs to another cluster")
 	ErrDevice  = errors.New("no such device")
+	// ErrRemoved: the device was removed, and what it had has been rebuilt elsewhere or
+	// given up. What is on it is old: it is never taken in again under its ID.
+	ErrRemoved = errors.New("device was removed for good")
 )
 
 // clusterID returns the cluster's ID, made at the first call.
@@ -59,7 +62,8 @@ func (p *Proxy) Own(ctx context.Context, c asd.Client) error {
 
 // AddDevice takes a device into the registry. d.ID may be empty, else the ASD at
 // d.Address must be that one. A device that is there gets the new address and
-// place and becomes active.
+// place and becomes active, also one that was removed, as long as objects refer to it:
+// then it brings back what is not rebuilt yet. ErrRemoved after that.
 func (p *Proxy) AddDevice(ctx context.Context, d alba.Device) (alba.Device, error) {
 	fail := func(err error) (alba.Device, error) {
 		return d, fmt.Errorf("add ASD at %s: %w", d.Address, err)
@@ -71,6 +75,9 @@ func (p *Proxy) AddDevice(ctx context.Context, d alba.Device) (alba.Device, erro
 	st, err := c.Stats(ctx)
 	if err == nil && d.ID != "" && st.ID != d.ID {
 		err = fmt.Errorf("ASD %s answers, not %s: %w", st.ID, d.ID, asd.ErrWrongASD)
+	}
+	if err == nil {
+		err = p.checkRemoved(ctx, st.ID)
 	}
 	if err == nil {
 		err = p.Own(ctx, c)
@@ -98,9 +105,12 @@ func (p *Proxy) AddDevice(ctx context.Context, d alba.Device) (alba.Device, erro
 		if err := d.Check(); err != nil {
 			return fail(err)
 		}
-		_, err = p.reg.Commit(ctx, []alba.Compare{{Key: alba.DeviceKey(d.ID), Revision: kv.Revision}},
+		_, err = p.reg.Commit(ctx, []alba.Compare{{Key: alba.DeviceKey(d.ID), Revision: kv.Revision}, {Key: alba.RemovedKey(d.ID)}},
 			[]alba.Write{{Key: alba.DeviceKey(d.ID), Value: alba.Encode(d)}})
 		if errors.Is(err, alba.ErrConflict) {
+			if err := p.checkRemoved(ctx, d.ID); err != nil {
+				return fail(err)
+			}
 			continue
 		}
 		if err == nil {
@@ -115,6 +125,42 @@ func (p *Proxy) AddDevice(ctx context.Context, d alba.Device) (alba.Device, erro
 		return d, nil
 	}
 	return fail(ErrBusy)
+}
+
+// checkRemoved returns ErrRemoved if a device was removed and forgotten.
+func (p *Proxy) checkRemoved(ctx context.Context, id string) error {
+	_, ok, err := p.reg.Get(ctx, alba.RemovedKey(id))
+	if err == nil && ok {
+		err = fmt.Errorf("%s: %w", id, ErrRemoved)
+	}
+	return err
+}
+
+// ForgetDevice takes the record of a removed device out of the registry, to which no
+// object and no upload may refer any more, and remembers its ID for good. No error if
+// it was added again or is gone.
+func (p *Proxy) ForgetDevice(ctx context.Context, id string) error {
+	kv, ok, err := p.reg.Get(ctx, alba.DeviceKey(id))
+	if err != nil || !ok {
+		return err
+	}
+	d, err := alba.Decode[alba.Device](kv.Value)
+	if err != nil {
+		return fmt.Errorf("%s: %w", kv.Key, err)
+	}
+	if d.State != alba.DeviceRemoved {
+		return nil
+	}
+	_, err = p.reg.Commit(ctx, []alba.Compare{{Key: kv.Key, Revision: kv.Revision}},
+		[]alba.Write{{Key: kv.Key}, {Key: alba.RemovedKey(id), Value: kv.Value}})
+	if errors.Is(err, alba.ErrConflict) {
+		return nil
+	}
+	if err == nil {
+		p.opts.Log.Info().Str("asd", id).Str("address", d.Address).Msg("nothing refers to the removed storage daemon any more: it is forgotten")
+		err = p.fleet.Reload(ctx)
+	}
+	return err
 }
 
 // SetDeviceState says what the operator wants of a device: ErrDevice if there is none.

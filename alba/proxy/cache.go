@@ -7,15 +7,17 @@ import (
 	"sync"
 
 	"scoria/alba"
+	"scoria/alba/asd"
 	"scoria/alba/erasure"
 )
 
-// entry is an object as the registry has it. Never changed.
+// entry is an object as the registry has it. Never changed once others know it.
 type entry struct {
 	m   *alba.Manifest
 	rev int64
 	obj *erasure.Object
 	ns  namespace
+	pri asd.Priority // of reads
 }
 
 // cache keeps namespaces and manifests by their keys in the registry. Everything is

@@ -32,6 +32,7 @@ type health struct {
 	retry    time.Time // down until then; then one request may find out
 	since    time.Time // of the first failure in this row
 	reason   string
+	returns  uint64 // successes right after failures
 	err      error
 	mean     time.Duration // of small reads, smoothed
 	dev      time.Duration // mean deviation
@@ -41,6 +42,9 @@ type health struct {
 func (h *health) ok(took time.Duration) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.failures > 0 {
+		h.returns++
+	}
 	h.failures, h.late, h.reason, h.err, h.retry = 0, 0, "", nil, time.Time{}
 	if took <= 0 {
 		return
@@ -97,6 +101,14 @@ func (h *health) down() (string, time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.reason, h.since
+}
+
+// Returns is how often the device has come back after it had failed: what it missed
+// meanwhile can be made up for.
+func (h *health) Returns() uint64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.returns
 }
 
 // lastError is why the device is down; nil if it is not.

@@ -474,6 +474,7 @@ func (p *Proxy) restore(ctx context.Context, ns, name string, throttle func(cont
 	if err != nil {
 		return err
 	}
+	e.pri = asd.PriorityRepair // nobody else has this entry
 	p.counters.Attempts.Add(1)
 	u, err := p.begin(ctx, n, name, n.Epoch, e.m.Size, e)
 	if err != nil {

@@ -125,7 +125,7 @@ func (p *Proxy) piece(ctx context.Context, e *entry, pc alba.Piece, b []byte, av
 	defer cancel()
 	result := make(chan error, 1)
 	go func() { result <- p.readShard(direct, e, pc, pc.Shard, b) }()
-	timer := time.NewTimer(m.hedge())
+	timer := time.NewTimer(e.patience(m.hedge()))
 	defer timer.Stop()
 	select {
 	case err := <-result:
@@ -199,7 +199,7 @@ func (p *Proxy) readShard(ctx context.Context, e *entry, pc alba.Piece, shard in
 	}
 	key := alba.FragmentKey(e.m.NamespaceID, e.m.Upload, shard, pc.Chunk)
 	limited, cancel := context.WithTimeout(ctx, readTimeout)
-	err := m.ReadAt(limited, key, b, int64(pc.Off), asd.PriorityGuest)
+	err := m.ReadAt(limited, key, b, int64(pc.Off), e.pri)
 	cancel()
 	if err == nil {
 		p.counters.FetchedBytes.Add(uint64(len(b)))
@@ -264,7 +264,7 @@ func (p *Proxy) decode(ctx context.Context, e *entry, pc alba.Piece, b []byte, s
 	have := make([]bool, len(e.m.Shards))
 	shards := make([][]byte, len(e.m.Shards))
 	errs := []error{cause}
-	late := time.NewTimer(p.lateness(list[:asked]))
+	late := time.NewTimer(e.patience(p.lateness(list[:asked])))
 	defer late.Stop()
 	for good < k && answered < asked {
 		select {
@@ -285,7 +285,7 @@ func (p *Proxy) decode(ctx context.Context, e *entry, pc alba.Piece, b []byte, s
 		case <-late.C:
 			if ask() {
 				p.counters.Hedged.Add(1)
-				late.Reset(p.lateness(list[:asked]))
+				late.Reset(e.patience(p.lateness(list[:asked])))
 			}
 		}
 	}
@@ -304,6 +304,15 @@ func (p *Proxy) decode(ctx context.Context, e *entry, pc alba.Piece, b []byte, s
 	want[pc.Shard], shards[pc.Shard] = true, b
 	p.counters.Decoded.Add(1)
 	return codec.Reconstruct(shards, have, want)
+}
+
+// patience is how long to wait where a guest's read would wait for hedge: maintenance
+// has others before it, which makes nobody late.
+func (e *entry) patience(hedge time.Duration) time.Duration {
+	if e.pri == asd.PriorityRepair {
+		return readTimeout
+	}
+	return hedge
 }
 
 // lateness is how long to wait for the slowest of these before another is asked.

@@ -29,6 +29,15 @@
 // daemon that made it has no such upload any more, or after Options.IntentAge; that
 // fences the upload, for its commit asserts the intent.
 //
+// A device that comes back has missed deletions: its orphans are collected, and the
+// trash is emptied, when it answers again, not at the next search.
+//
+// # Removed devices
+//
+// The record of a device that was removed goes when no object and no upload refers to
+// it; its ID is remembered (alba.RemovedKey), and a disk that has it is refused: what
+// is on it is older than anything that has happened since.
+//
 // # Goroutines
 //
 //	repair      one: faults that were reported, passes over all objects

@@ -20,3 +20,20 @@ func (m *Maintainer) MendForTest(ctx context.Context, ns, object string) error {
 	})
 	return err
 }
+
+// SetTasks limits what a pass does.
+func (m *Maintainer) SetTasks(n int) { m.tasks = n }
+
+// PassFaults is a pass over what faults name.
+func (m *Maintainer) PassFaults(ctx context.Context) (Report, error) {
+	var report Report
+	err := m.job(ctx, JobRepair, true, func(ctx context.Context, r *run) error {
+		var err error
+		report, err = m.pass(ctx, r, false)
+		return err
+	})
+	return report, err
+}
+
+// ForgetRemoved is forgetRemoved.
+func (m *Maintainer) ForgetRemoved(ctx context.Context) error { return m.forgetRemoved(ctx) }

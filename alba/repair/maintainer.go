@@ -20,7 +20,7 @@ const (
 	defaultDownAfter   = 10 * time.Minute
 	defaultIntentAge   = 15 * time.Minute
 	defaultOrphanEvery = time.Hour
-	maxTasks           = 10_000           // of one pass
+	defaultTasks       = 10_000           // of one pass
 	fullPass           = 10 * time.Minute // all objects are looked at that often, whatever happens
 )
 
@@ -56,6 +56,7 @@ type Maintainer struct {
 	log    zerolog.Logger
 	pace   pace
 	wakeup map[string]chan struct{}
+	tasks  int // of one pass
 }
 
 // New returns a maintainer; Run sets it to work.
@@ -72,7 +73,7 @@ func New(o Options) *Maintainer {
 		o.Faults = NewFaults()
 	}
 	m := &Maintainer{o: o, p: o.Proxy, reg: o.Proxy.Registry(), node: o.Proxy.Node(), log: o.Log,
-		pace: pace{rate: o.BytesPerSecond, busy: o.Busy, now: time.Now, sleep: sleep}, wakeup: map[string]chan struct{}{}}
+		pace: pace{rate: o.BytesPerSecond, busy: o.Busy, now: time.Now, sleep: sleep}, wakeup: map[string]chan struct{}{}, tasks: defaultTasks}
 	for _, name := range jobNames {
 		m.wakeup[name] = make(chan struct{}, 1)
 	}
@@ -83,9 +84,7 @@ func New(o Options) *Maintainer {
 func (m *Maintainer) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	wg.Go(func() { m.repairLoop(ctx) })
-	wg.Go(func() {
-		m.loop(ctx, JobOrphans, m.o.OrphanEvery, func() error { return m.job(ctx, JobOrphans, true, m.collect) })
-	})
+	wg.Go(func() { m.orphanLoop(ctx) })
 	wg.Go(func() {
 		m.loop(ctx, JobVerify, m.o.Interval, func() error { return m.job(ctx, JobVerify, false, m.verify) })
 	})
@@ -141,6 +140,7 @@ func (m *Maintainer) repairLoop(ctx context.Context) {
 	left := true
 	m.loop(ctx, JobRepair, m.o.Interval, func() error {
 		now := m.conditions(ctx)
+		m.wake(JobOrphans) // which looks who has come back
 		if !left && now == seen && m.o.Faults.Empty() && time.Since(last) < fullPass {
 			return nil
 		}
@@ -156,6 +156,7 @@ func (m *Maintainer) repairLoop(ctx context.Context) {
 		left = err != nil || report.Left > 0
 		if all {
 			seen, last = now, time.Now()
+			err = errors.Join(err, m.forgetRemoved(ctx))
 		}
 		return err
 	})
@@ -261,7 +262,7 @@ func (m *Maintainer) pass(ctx context.Context, r *run, all bool) (Report, error)
 	return report, nil
 }
 
-// survey lists the objects that need something: the riskiest maxTasks of them, and
+// survey lists the objects that need something: the riskiest ones, up to a limit, and
 // Report.Left counts the others. With all it looks at every object, else only at
 // those that faults name.
 func (m *Maintainer) survey(ctx context.Context, faults []proxy.Fault, all bool) (Report, []task, error) {
@@ -295,18 +296,18 @@ func (m *Maintainer) survey(ctx context.Context, faults []proxy.Fault, all bool)
 		if t.Needs() || len(t.bad) > 0 || t.upgrade {
 			tasks = append(tasks, t)
 		}
-		if len(tasks) >= 2*maxTasks {
+		if len(tasks) >= 2*m.tasks {
 			order(tasks)
-			report.Left += len(tasks) - maxTasks
-			clear(tasks[maxTasks:])
-			tasks = tasks[:maxTasks]
+			report.Left += len(tasks) - m.tasks
+			clear(tasks[m.tasks:])
+			tasks = tasks[:m.tasks]
 		}
 		return nil
 	})
 	order(tasks)
-	if len(tasks) > maxTasks {
-		report.Left += len(tasks) - maxTasks
-		tasks = tasks[:maxTasks]
+	if len(tasks) > m.tasks {
+		report.Left += len(tasks) - m.tasks
+		tasks = tasks[:m.tasks]
 	}
 	return report, tasks, err
 }

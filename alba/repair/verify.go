@@ -104,17 +104,14 @@ func (m *Maintainer) damaged(ctx context.Context, d *proxy.Member, key string) {
 
 // reportShard reports a shard by its keys.
 func (m *Maintainer) reportShard(ctx context.Context, ns, upload alba.ID, shard int, device string) {
-	kvs, err := m.reg.List(ctx, alba.ObjectKey(ns, ""))
-	if err != nil {
-		return // found again next time
-	}
-	for _, kv := range kvs {
+	_ = alba.Each(ctx, m.reg, alba.ObjectKey(ns, ""), func(kv alba.KV) error { // what fails is found again next time
 		man, err := alba.DecodeManifest(kv.Value)
 		if err == nil && man.Upload == upload && shard < len(man.Shards) && man.Shards[shard] == device {
 			m.o.Faults.Add(proxy.Fault{Namespace: man.Namespace, Object: man.Object, Shard: shard, Device: device})
 			m.wake(JobRepair)
 		}
-	}
+		return nil
+	})
 }
 
 // verifyPresence looks whether each shard that a manifest speaks of is on its device,

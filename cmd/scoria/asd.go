@@ -24,7 +24,9 @@ func (a *app) asdAdd() *cobra.Command {
 		Long: `Add a storage daemon. A DIRECTORY, which is made if need be and must be empty or
 a storage daemon's that was there before, is served by scoriad itself: give it a
 file system of its own, one per disk. HOST:PORT is a scoria-asd. One that was
-draining or removed becomes active again.`,
+draining becomes active again, also one that was removed while objects still refer to
+what it has. Later a removed one is refused; --wipe empties its directory and makes
+another storage daemon there.`,
 		Example: "  scoria asd add /srv/disk1\n  scoria asd add 10.0.0.5:9711 --host node5 --rack r2",
 		RunE: func(cmd *cobra.Command, got []string) error {
 			if req.Address = got[0]; !strings.Contains(got[0], ":") || strings.HasPrefix(got[0], "/") {
@@ -41,6 +43,7 @@ draining or removed becomes active again.`,
 			return a.printASD(&d)
 		},
 	}
+	cmd.Flags().BoolVar(&req.Wipe, "wipe", false, "empty the directory of a storage daemon that was removed")
 	cmd.Flags().StringVar(&req.Host, "host", "", "host it is on (default: this one for a directory, else that of the address)")
 	cmd.Flags().StringVar(&req.Rack, "rack", "", "rack it is in")
 	cmd.Flags().StringVar(&req.Datacentre, "datacentre", "", "datacentre it is in")
@@ -114,7 +117,8 @@ func (a *app) asdRemove() *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{
 		Use: "remove ID|ADDRESS", Aliases: []string{"rm"}, Short: "Give a storage daemon up, for good", Args: args("ID|ADDRESS"), ValidArgsFunction: a.completeASDs,
-		Long: `Give a storage daemon up. One that still holds parts of objects is only given up
+		Long: `Give a storage daemon up. It is listed as removed until no object refers to it any
+more; its ID is never used again. One that still holds parts of objects is only given up
 with --force, as when its disk is dead: the parts are rebuilt from others, at
 once. "scoria backend status" says how safe the objects are.`,
 		RunE: func(cmd *cobra.Command, got []string) error {

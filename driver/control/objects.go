@@ -66,6 +66,9 @@ type AddASD struct {
 	Host       string `json:"host,omitempty"` // default: that of the address, or the daemon's
 	Rack       string `json:"rack,omitempty"` // default: the daemon's, for a directory
 	Datacentre string `json:"datacentre,omitempty"`
+	// Wipe empties a directory whose storage daemon was removed; what is made there is
+	// another one.
+	Wipe bool `json:"wipe,omitempty"`
 }
 
 // ASD is a storage daemon: one disk.

@@ -13,6 +13,7 @@ import (
 
 	"scoria/alba"
 	"scoria/alba/asd"
+	"scoria/alba/asd/disk"
 	"scoria/alba/proxy"
 	"scoria/alba/repair"
 	"scoria/driver/control"
@@ -176,6 +177,9 @@ func (o *objectStore) add(ctx context.Context, req control.AddASD) (string, erro
 		return "", control.Errorf(control.CodeInvalid, "storage daemon %q: must be an absolute directory, or HOST:PORT of a scoria-asd", d.Address)
 	}
 	added, err := o.proxy.AddDevice(ctx, d)
+	if errors.Is(err, proxy.ErrRemoved) {
+		added, err = o.addRemoved(ctx, d, req.Wipe, err)
+	}
 	if err != nil {
 		if embedded && !o.listed(d.Address) {
 			err = errors.Join(err, o.release(d.Address))
@@ -189,6 +193,37 @@ func (o *objectStore) add(ctx context.Context, req control.AddASD) (string, erro
 	}
 	o.log.Info().Str("asd", added.ID).Str("address", added.Address).Msg("storage daemon added")
 	return added.ID, nil
+}
+
+// addRemoved takes in a disk whose storage daemon was removed, emptied and as another
+// one, if the operator says so.
+func (o *objectStore) addRemoved(ctx context.Context, d alba.Device, wipe bool, cause error) (alba.Device, error) {
+	switch {
+	case !filepath.IsAbs(d.Address):
+		return d, control.Errorf(control.CodeInvalid, "%v: stop the scoria-asd, empty its directory and start it again: it is another one then", cause)
+	case !wipe:
+		return d, control.Errorf(control.CodeNeedsForce, "%v: what is on it is of no use any more; with --wipe it is emptied and taken in as another one", cause)
+	}
+	o.mu.Lock()
+	e := o.embedded[d.Address]
+	o.mu.Unlock()
+	if e == nil || o.listed(d.Address) {
+		return d, control.Errorf(control.CodeInUse, "storage daemon in %s: another one that is in use has that directory", d.Address)
+	}
+	e.mu.Lock()
+	id := ""
+	if e.disk != nil {
+		id = e.disk.ID()
+	}
+	e.mu.Unlock()
+	if err := o.release(d.Address); err != nil {
+		return d, err
+	}
+	if err := disk.Wipe(o.fs, d.Address, id); err != nil {
+		return d, err
+	}
+	o.log.Warn().Str("asd", id).Str("address", d.Address).Msg("the directory of a removed storage daemon was emptied")
+	return o.proxy.AddDevice(ctx, d)
 }
 
 // listed says whether a storage daemon at the address is in use.
@@ -260,7 +295,11 @@ func (b *backend) RemoveASD(ctx context.Context, id string, force bool) (control
 			b.objects.log.Warn().Err(err).Str("asd", id).Msg("the removed storage daemon was not closed in order")
 		}
 	}
-	return b.ASD(ctx, id)
+	if now, err := b.ASD(ctx, id); control.CodeOf(err) != control.CodeNotFound {
+		return now, err
+	}
+	a.State, a.Up, a.Shards = string(alba.DeviceRemoved), false, 0 // nothing referred to it: it is forgotten already
+	return a, nil
 }
 
 // BackendStatus implements control.ObjectBackend.
