@@ -11,6 +11,7 @@ import (
 
 	"scoria/alba"
 	"scoria/alba/albatest"
+	"scoria/alba/asd/asdtest"
 	"scoria/alba/proxy"
 )
 
@@ -128,4 +129,38 @@ func (s *pausing) ReadAt(p []byte, off int64) (int, error) {
 		return n, io.EOF
 	}
 	return n, nil
+}
+
+// TestP4StaleOwnerOverwrites: a stale owner can't put other contents in the place of an
+// object, nor an object of a name that is free, although a device was away when it was
+// fenced and takes its fragments; nothing of them is left.
+func TestP4StaleOwnerOverwrites(t *testing.T) {
+	c := albatest.NewCluster(4, 4)
+	ps := albatest.Preset(alba.Policy{K: 2, M: 1, C: 3, X: 1})
+	old, next := c.Proxy(t, ps, nil), c.Proxy(t, ps, nil)
+	must(t, old.CreateNamespace(t.Context(), ns))
+	must(t, old.Fence(t.Context(), ns, 1))
+	put(t, old, "o", []byte("x"))
+	paused, resume := make(chan struct{}), make(chan struct{})
+	src := &pausing{b: albatest.Pattern(1, 2<<20), at: 1 << 20, paused: paused, resume: resume}
+	result := make(chan error, 1)
+	go func() { result <- old.Put(t.Context(), ns, "free", 1, src, int64(len(src.b))) }()
+	albatest.Await(t, paused, "the upload's middle")
+	c.Disks[0].Faulty.Set(asdtest.Fault{Down: true})
+	must(t, next.Fence(t.Context(), ns, 2))
+	c.Disks[0].Faulty.Set(asdtest.Fault{})
+	close(resume)
+	if err := albatest.Await(t, result, "paused put"); !errors.Is(err, proxy.ErrStaleEpoch) {
+		t.Fatalf("put of a stale owner: %v", err)
+	}
+	for _, name := range []string{"o", "free"} {
+		if err := old.Put(t.Context(), ns, name, 1, bytes.NewReader([]byte("y")), 1); !errors.Is(err, proxy.ErrStaleEpoch) {
+			t.Fatalf("put of %s by the stale owner: %v", name, err)
+		}
+	}
+	expect(t, next, "o", []byte("x"))
+	if _, err := next.Size(t.Context(), ns, "free"); !errors.Is(err, proxy.ErrNoObject) {
+		t.Fatalf("the stale owner's object: %v", err)
+	}
+	noLeftovers(t, c, next)
 }
