@@ -26,6 +26,9 @@ import (
 // It is damage for certain if a later chunk says that the log was durable there.
 // Pebble looks for one in the blocks that follow, not within the block, and takes
 // all behind the chunk for unwritten. Most logs are shorter than a block.
+//
+// A log that Pebble has ended has a head of kind 5 behind its last chunk, with the
+// number of the next log and zeros for the rest.
 const (
 	walBlock      = 32 << 10
 	walHead       = 11
@@ -82,6 +85,11 @@ func walEnd(b []byte, number uint32) int64 {
 		}
 		off = end
 	}
+}
+
+// walEnded says whether Pebble's mark of the end of a log is at off, and nothing else.
+func walEnded(b []byte, off int64, number uint32) bool {
+	return off+walHead == int64(len(b)) && allZero(b[off:off+6]) && b[off+6] == walFirstKind && binary.LittleEndian.Uint32(b[off+7:]) == number+1
 }
 
 func allZero(b []byte) bool {

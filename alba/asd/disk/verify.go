@@ -303,8 +303,9 @@ func (d *Disk) verifyLog(name string, number uint32, size int64) (reason string,
 	if err != nil {
 		return "", err
 	}
-	end := walEnd(b[:min(size, int64(len(b)))], number)
-	if end >= size {
+	b = b[:min(size, int64(len(b)))]
+	end := walEnd(b, number)
+	if end >= size || walEnded(b, end, number) {
 		return "", nil
 	}
 	if err := d.db.Flush(); err != nil {
