@@ -17,8 +17,10 @@ import (
 	"scoria/driver/registry"
 )
 
-// Beside the data of a volume, the object store keeps a copy of what the registry says
-// of the volume and its pool, for a registry that has to be rebuilt (P10). It is an
+// Beside the data of a volume, its store keeps a copy of what the registry says of the
+// volume and its pool, for a registry that has to be rebuilt (P10) and for one that was
+// put back from an older backup: only a whole volume gets a copy, so that nothing that
+// has one is undone as unfinished (VolumeSet.finishedBefore). It is an
 // object of the volume's namespace, JSON of recordCopy:
 //
 //	record-SSSSSSSSSSSSSSSS   S: 16 hexadecimal digits, more than those of earlier copies
@@ -267,7 +269,7 @@ func scheduleKey(s *registry.Schedule) string {
 // copy of it that was never replaced would have a volume deleted, or rolled back,
 // that a registry is rebuilt for.
 func (c *recordCopier) copied(r *registry.Volume) bool {
-	return r.Preset != "" && r.Owner == c.node && r.State == registry.StateReady && r.Incomplete == nil && r.RollingBack == nil
+	return r.Owner == c.node && r.State == registry.StateReady && r.Incomplete == nil && r.RollingBack == nil
 }
 
 // update puts a copy, unless it is there, and deletes earlier ones.

@@ -251,6 +251,8 @@ func (f *fakeFront) has(name string) bool {
 // noStore satisfies VolumeConfig.Validate.
 type noStore struct{ driver.Store }
 
+func (noStore) Namespaces(context.Context) ([]string, error) { return nil, nil }
+
 // bench is a VolumeSet on fakes.
 type bench struct {
 	*VolumeSet

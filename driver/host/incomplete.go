@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/google/uuid"
 
@@ -122,4 +123,40 @@ func (h *VolumeSet) undoUnfinished(ctx context.Context, e registry.Entry[registr
 		return err
 	}
 	return h.removeNow(ctx, e)
+}
+
+// finishedBefore puts the record of a volume right that is to be undone, but was
+// finished: the store has a copy of its record, which only a whole volume gets
+// (copies.go), so that the registry is older than the volume. A volume whose daemon died
+// in the moment in which it was finished has none; and the object store finds its
+// objects by the registry, so that one from before the copy does not lead to it. An error says that the store could not be asked: nothing may be undone then.
+func (h *VolumeSet) finishedBefore(ctx context.Context, e registry.Entry[registry.Volume]) (bool, error) {
+	r := &e.Record
+	undone := r.State == registry.StateCreating && (r.Parent != nil || r.Incomplete != nil) ||
+		r.State == registry.StateReady && r.Incomplete != nil && !r.Incomplete.Resumable && r.Incomplete.Base == uuid.Nil
+	s := h.storeOf(r)
+	if !undone || s == nil {
+		return false, nil
+	}
+	ns := r.ID.String()
+	all, err := s.Namespaces(ctx)
+	if err != nil || !slices.Contains(all, ns) {
+		return false, err
+	}
+	numbers, err := copies(ctx, s, ns)
+	if err != nil || len(numbers) == 0 {
+		return false, err
+	}
+	_, c, err := readCopy(ctx, s, ns, numbers[len(numbers)-1])
+	if err != nil {
+		return false, err
+	}
+	pool, name, epoch := r.Pool, r.Name, r.Epoch
+	e.Record = c.Volume
+	e.Record.Pool, e.Record.Name, e.Record.Epoch = pool, name, max(epoch, c.Volume.Epoch)
+	if _, err := registry.Replace(ctx, h.reg, registry.VolumeKey(pool, name), e); err != nil {
+		return false, err
+	}
+	h.notice(e.Record.FullName(), "registry-is-older", "the registry had the volume as unfinished, to be removed, but the copy of its record beside its data says that it was finished: it is kept as that copy says; the registry may have been restored from an older copy")
+	return true, nil
 }
