@@ -38,12 +38,16 @@ type sharedChunk struct {
 }
 
 // acquire waits for the memory of a chunk. Meanwhile shards that lag behind c others
-// for longer than a grace are given up, and those whose device is found to be down.
+// for longer than a grace are given up, and those whose device is found to be down:
+// they may hold this upload's window, or with those of others all the memory.
 func (u *upload) acquire(ctx context.Context) (*sharedChunk, error) {
 	begun := time.Now()
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
 	var lag <-chan time.Time
+	window := u.window
+	n := min(u.m.Layout().EncodedBytes(), u.p.opts.MemoryBytes)
+	var memory chan error // the end of the wait for the memory, after that for the window
 	for {
 		changed := u.changed()
 		if lag == nil && u.idle() >= u.m.Policy.C {
@@ -52,34 +56,48 @@ func (u *upload) acquire(ctx context.Context) (*sharedChunk, error) {
 			lag = t.C
 		}
 		select {
-		case u.window <- struct{}{}:
-			return u.allocate(ctx)
+		case window <- struct{}{}:
+			if u.p.memory.TryAcquire(n) {
+				return u.newChunk(n), nil
+			}
+			window, memory = nil, make(chan error, 1)
+			go func() { memory <- u.p.memory.Acquire(ctx, n) }()
+		case err := <-memory: // it ends with ctx, too
+			if err != nil {
+				<-u.window
+				return nil, err
+			}
+			return u.newChunk(n), nil
 		case <-lag:
 			u.stopLagging()
 			lag = nil
 		case <-changed:
 		case <-tick.C:
 			u.stopDown()
-		case <-ctx.Done():
+		case <-done(ctx, memory):
 			return nil, ctx.Err()
 		}
 	}
 }
 
-func (u *upload) allocate(ctx context.Context) (*sharedChunk, error) {
-	l := u.m.Layout()
-	n := min(l.EncodedBytes(), u.p.opts.MemoryBytes)
-	if err := u.p.memory.Acquire(ctx, n); err != nil {
-		<-u.window
-		return nil, err
+// done is closed with ctx, unless what has been asked for ends with it and has to be
+// waited for.
+func done(ctx context.Context, asked chan error) <-chan struct{} {
+	if asked != nil {
+		return nil
 	}
+	return ctx.Done()
+}
+
+// newChunk returns a chunk of n bytes, whose memory has been acquired.
+func (u *upload) newChunk(n int64) *sharedChunk {
 	c := &sharedChunk{u: u, bytes: n}
 	c.refs.Store(1)
 	c.Chunk, _ = u.p.chunks.Get().(*erasure.Chunk)
 	if c.Chunk == nil {
 		c.Chunk = new(erasure.Chunk)
 	}
-	return c, nil
+	return c
 }
 
 // release drops n references; the last gives the memory back.
