@@ -27,8 +27,8 @@ type Mend struct {
 	Leave func(id string) bool
 	// Bad are shards whose contents are damaged: they are written again where they are.
 	Bad map[int]bool
-	// To, if not empty, is where shards that move are to go, as far as the policy
-	// allows; for rebalancing.
+	// To, if not empty, is where one of the shards that are to leave goes, if the policy
+	// allows; the others stay where they are. For rebalancing.
 	To string
 	// Throttle is called before each chunk with the bytes that it will move.
 	Throttle func(ctx context.Context, bytes int64) error
@@ -127,16 +127,16 @@ func (p *Proxy) loadManifest(ctx context.Context, n namespace, name string) (*en
 func (m *mending) plan(devices []place.Device) (missing int) {
 	old := m.e.m.Shards
 	kept := slices.Clone(old)
-	moving, gone := map[int]bool{}, map[int]bool{}
+	gone, leaving := map[int]bool{}, []int(nil)
 	for i, id := range old {
 		switch {
 		case id == "":
 			m.unfit[i] = true
 		case m.p.fleet.Member(id) == nil || m.o.Gone != nil && m.o.Gone(id):
 			m.unfit[i] = true
-			kept[i], moving[i], gone[i] = "", true, true
+			kept[i], gone[i] = "", true
 		case m.o.Leave != nil && m.o.Leave(id):
-			kept[i], moving[i] = "", true
+			leaving = append(leaving, i)
 		}
 		if m.o.Bad[i] {
 			m.unfit[i] = true
@@ -144,7 +144,11 @@ func (m *mending) plan(devices []place.Device) (missing int) {
 	}
 	pol, domain := m.e.m.Policy, m.e.m.Domain
 	if m.o.To != "" {
-		m.prefer(kept, moving, devices)
+		m.prefer(kept, leaving, devices)
+	} else {
+		for _, i := range leaving {
+			kept[i] = ""
+		}
 	}
 	target, _ := place.Refill(pol, domain, kept, devices, m.e.m.Upload)
 	m.next = m.e.m.Clone()
@@ -167,21 +171,18 @@ func (m *mending) plan(devices []place.Device) (missing int) {
 	return missing
 }
 
-// prefer gives a shard that moves to the wanted device, if the rules allow.
-func (m *mending) prefer(kept []string, moving map[int]bool, devices []place.Device) {
-	i := slices.IndexFunc(devices, func(d place.Device) bool { return d.ID == m.o.To && d.Usable })
-	if i < 0 {
+// prefer gives one of the shards that are to leave to the wanted device, if the rules
+// allow.
+func (m *mending) prefer(kept []string, leaving []int, devices []place.Device) {
+	if !slices.ContainsFunc(devices, func(d place.Device) bool { return d.ID == m.o.To && d.Usable }) {
 		return
 	}
-	for s := range kept {
-		if !moving[s] {
-			continue
-		}
+	for _, s := range leaving {
 		kept[s] = m.o.To
 		if place.Valid(m.e.m.Policy, m.e.m.Domain, kept, devices) {
 			return
 		}
-		kept[s] = ""
+		kept[s] = m.e.m.Shards[s]
 	}
 }
 
