@@ -263,6 +263,13 @@ type bench struct {
 	snaps  *fakeSnapshots
 }
 
+// goThrough has the daemon use another registry from now on. Openings that are about to
+// end read the one that was before.
+func (b *bench) goThrough(reg registry.Store) {
+	b.VolumeSet.wg.Wait()
+	b.VolumeSet.reg = reg
+}
+
 func newBench(t *testing.T) *bench {
 	t.Helper()
 	reg, err := registry.Open(filepath.Join(t.TempDir(), "registry.db"))

@@ -134,15 +134,14 @@ func TestRenameWithAFailingRegistry(t *testing.T) {
 	b.mustCreate(t, "v")
 	plain := b.VolumeSet.reg
 	balky := &balkyStore{Store: plain}
-	b.VolumeSet.reg = balky
+	b.goThrough(balky)
 	if _, err := b.api.RenameVolume(ctx, "v", control.RenameVolume{Name: "w"}); !errors.Is(err, errBalky) {
 		t.Fatalf("renamed: %v", err)
 	}
 	if _, err := b.Open(ctx, "v"); err != nil || !b.front.has("default/v") || b.front.has("default/w") {
 		t.Fatalf("after a failure: %v", err)
 	}
-	b.VolumeSet.wg.Wait() // openings may be about to end
-	b.VolumeSet.reg = silentStore{plain}
+	b.goThrough(silentStore{plain})
 	if v, err := b.api.RenameVolume(ctx, "v", control.RenameVolume{Name: "w"}); err != nil || v.Name != "default/w" || !b.front.has("default/w") {
 		t.Fatalf("renamed: %+v, %v", v, err)
 	}

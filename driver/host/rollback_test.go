@@ -110,7 +110,7 @@ func TestAnUnrecordedRollbackComesBeforeGuests(t *testing.T) {
 	b.put("default/v", 2)
 	b.mustSnap(t, "v", "two")
 	balky := &balkyStore{Store: b.VolumeSet.reg}
-	b.VolumeSet.reg = balky
+	b.goThrough(balky)
 	balky.left.Store(1) // the intent
 	if _, err := b.api.Rollback(ctx, "v", "one", true); !errors.Is(err, errBalky) {
 		t.Fatalf("rollback: %v", err)

@@ -62,7 +62,7 @@ func TestAnOlderRegistryLosesNothing(t *testing.T) {
 	ctx := testContext(t)
 	b.mustCreate(t, "v")
 	copies := &copyStore{Store: b.VolumeSet.reg, t: t}
-	b.VolumeSet.reg = copies
+	b.goThrough(copies)
 	copies.keep()
 	must := func(err error) {
 		t.Helper()
@@ -163,9 +163,8 @@ func TestAnOldRollbackIsNotRepeated(t *testing.T) {
 		b.mustCreate(t, "v")
 		b.mustSnap(t, "v", "one")
 		b.put("default/v", 2)
-		b.VolumeSet.wg.Wait() // openings may be about to end
 		copies := &copyStore{Store: b.VolumeSet.reg, t: t}
-		b.VolumeSet.reg = copies
+		b.goThrough(copies)
 		if _, err := b.api.Rollback(ctx, "v", "one", true); err != nil {
 			t.Fatal(err)
 		}
@@ -201,7 +200,7 @@ func TestWhatCouldNotBeRecordedIsRecordedLater(t *testing.T) {
 	ctx := testContext(t)
 	b.mustCreate(t, "v")
 	balky := &balkyStore{Store: b.VolumeSet.reg}
-	b.VolumeSet.reg = balky
+	b.goThrough(balky)
 	balky.left.Store(1) // state creating
 	if _, err := b.api.CreateSnapshot(ctx, "v", control.CreateSnapshot{Name: "one"}); !errors.Is(err, errBalky) || !strings.Contains(err.Error(), "tried again") {
 		t.Fatalf("creation: %v", err)
@@ -252,7 +251,7 @@ func TestTemporarySnapshotsOfACrashGo(t *testing.T) {
 	b.VolumeSet.wg.Wait()
 	crash := &crasher{left: 4} // the record, the engine
 	b.engine.crash = crash
-	b.VolumeSet.reg = crashStore{b.reg, crash}
+	b.goThrough(crashStore{b.reg, crash})
 	if _, err := b.api.CreateSnapshot(ctx, "v", control.CreateSnapshot{Name: "brief", Temporary: true}); !errors.Is(err, errCrashed) {
 		t.Fatalf("creation: %v", err)
 	}

@@ -421,9 +421,8 @@ func crashAt(t *testing.T, op func(context.Context, *bench) error, at int) (done
 		t.Fatal(err)
 	}
 	crash := &crasher{left: at}
-	b.VolumeSet.wg.Wait() // openings may be about to end
 	b.engine.crash = crash
-	b.VolumeSet.reg = crashStore{b.reg, crash}
+	b.goThrough(crashStore{b.reg, crash})
 	err := op(ctx, b)
 	b.cancel() // nothing of it goes on in the background
 	b.VolumeSet.wg.Wait()
