@@ -20,19 +20,29 @@ type asdProcess struct {
 	dir, address string
 }
 
-// startASD runs a scoria-asd on a fresh directory and waits until it listens.
-func (e *env) startASD(name string) *asdProcess {
+// startASD runs a scoria-asd on a fresh directory and waits until it listens. Extra
+// arguments go to it.
+func (e *env) startASD(name string, args ...string) *asdProcess {
 	e.Helper()
 	// A port that is free now; nobody else on loopback asks for this one.
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	e.must(err)
 	a := &asdProcess{dir: filepath.Join(scratch(e.T, false), name), address: l.Addr().String()}
 	e.must(l.Close())
+	e.runASD(a, args...)
+	return a
+}
+
+// runASD starts a scoria-asd, for the first time or again.
+func (e *env) runASD(a *asdProcess, args ...string) {
+	e.Helper()
+	name := filepath.Base(a.dir)
 	log := filepath.Join(e.DataDir, name+".log")
-	a.Process, err = bed.Start(bed.Spec{Path: filepath.Join(filepath.Dir(e.Scoriad), "scoria-asd"), Args: []string{"--data-dir", a.dir, "--listen", a.address}, Log: log})
+	p, err := bed.Start(bed.Spec{Path: filepath.Join(filepath.Dir(e.Scoriad), "scoria-asd"), Args: append([]string{"--data-dir", a.dir, "--listen", a.address}, args...), Log: log})
 	e.must(err)
+	a.Process = p
 	e.Cleanup(func() {
-		if err := a.Kill(); err != nil {
+		if err := p.Kill(); err != nil {
 			e.Error(err)
 		}
 		if e.Failed() {
@@ -49,7 +59,6 @@ func (e *env) startASD(name string) *asdProcess {
 		}
 		return true, c.Close()
 	})
-	return a
 }
 
 // addASD takes it into the store and returns its ID.

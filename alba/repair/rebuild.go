@@ -20,6 +20,9 @@ import (
 // there is none.
 var ErrNotEmpty = errors.New("registry is not empty")
 
+// ErrNoneRead: of all devices that were named none could be read.
+var ErrNoneRead = errors.New("no storage daemon could be read")
+
 // Rebuilt is what RebuildRegistry found.
 type Rebuilt struct {
 	Devices, Presets, Namespaces, Objects int
@@ -349,7 +352,7 @@ func (b *rebuild) missingNamespaces() {
 // short is seen to be empty and is repeated.
 func (b *rebuild) commit(ctx context.Context) error {
 	if len(b.devices) == 0 {
-		return errors.New("no device could be read")
+		return fmt.Errorf("%w: %s", ErrNoneRead, strings.Join(b.report.Problems, "; "))
 	}
 	b.missingNamespaces()
 	writes := []alba.Write{{Key: alba.ClusterKey, Value: []byte(b.cluster)}}

@@ -180,7 +180,7 @@ func call(t *testing.T, socket string, args ...string) (out, errOut string, code
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	var o, e bytes.Buffer
-	a := &app{out: &o, errOut: &e}
+	a := &app{out: &o, errOut: &e, rebuild: rebuilt}
 	cmd := a.command()
 	cmd.SetArgs(append([]string{"--socket", socket}, args...))
 	err := cmd.ExecuteContext(ctx)
@@ -235,6 +235,8 @@ func TestGoldenOutput(t *testing.T) {
 		{"backend-verify-start", "backend verify start", 0},
 		{"backend-rebalance-stop", "backend rebalance stop", 0},
 		{"backend-rotate-keys", "backend rotate-keys", 0},
+		{"backend-rebuild-registry", "backend rebuild-registry --data-dir /srv/whole", 0},
+		{"backend-rebuild-registry-force", "backend rebuild-registry --data-dir /srv/torn --asd 10.0.0.5:9711 --asd /srv/disk1 --master-keys /etc/keys --force -q", 0},
 		{"volume-set", "volume set vm1 --serial S2 --read-only", 0},
 		{"volume-rename", "volume rename vm1 web1", 0},
 		{"volume-limit", "volume limit vm1", 0},

@@ -11,6 +11,7 @@ import (
 	"syscall"
 
 	"scoria/driver/control"
+	"scoria/driver/host"
 )
 
 // version is set by the linker.
@@ -29,7 +30,7 @@ const (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	a := &app{out: os.Stdout, errOut: os.Stderr}
+	a := &app{out: os.Stdout, errOut: os.Stderr, rebuild: host.RebuildRegistry}
 	err := a.command().ExecuteContext(ctx)
 	stop()
 	if err != nil {

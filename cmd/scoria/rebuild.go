@@ -15,7 +15,7 @@ import (
 // rebuildRegistry does its work within this process: there is no daemon without a
 // registry.
 func (a *app) rebuildRegistry() *cobra.Command {
-	var dataDir, config string
+	var dataDir, config, masterKeys string
 	var req host.RebuildRequest
 	cmd := &cobra.Command{
 		Use: "rebuild-registry --data-dir DIR [--asd DIR|HOST:PORT ...]", Short: "Make a lost registry anew from the storage daemons", Args: args(),
@@ -31,17 +31,28 @@ On the storage daemons nothing is changed but the volumes' epochs, and the comma
 be repeated. All storage daemons have to be named. If one is missing or objects are
 lost, it is refused, as it is if there is a registry that has volumes or can't be
 read; --force does it all the same, and keeps a registry that was there under a
-name with the date. Presets that encrypt need backend.master_keys in the configuration.`,
-		Example: "  scoria backend rebuild-registry --data-dir /var/lib/scoria\n  scoria backend rebuild-registry --data-dir /var/lib/scoria --asd 10.0.0.1:7400 --asd 10.0.0.2:7400",
+name with the date.
+
+Certificates for storage daemons at HOST:PORT and the master keys of presets that encrypt
+come from the daemon's configuration, section [backend]. Without the master keys of
+all volumes it is refused as well, or leaves, with --force, those out that it can't read.
+A credential that systemd passes to the daemon alone is not there: name its file
+with --master-keys.`,
+		Example: `  scoria backend rebuild-registry --data-dir /var/lib/scoria
+  scoria backend rebuild-registry --config /etc/scoria/scoria.toml --asd 10.0.0.1:9711 --asd 10.0.0.2:9711
+  scoria backend rebuild-registry --data-dir /var/lib/scoria --master-keys /etc/scoria/master-keys`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := rebuildConfig(config, dataDir)
 			if err != nil {
 				return err
 			}
+			if masterKeys != "" {
+				c.Backend.MasterKeys = masterKeys
+			}
 			if !a.quiet {
 				req.Progress = func(text string) { fmt.Fprintln(a.errOut, text) }
 			}
-			report, err := host.RebuildRegistry(cmd.Context(), c, req, zerolog.Nop())
+			report, err := a.rebuild(cmd.Context(), c, req, zerolog.Nop())
 			if err != nil {
 				return err
 			}
@@ -52,6 +63,7 @@ name with the date. Presets that encrypt need backend.master_keys in the configu
 	fl.StringVar(&dataDir, "data-dir", "", "the daemon's data directory (default: as in the configuration)")
 	fl.StringVar(&config, "config", "", "the daemon's configuration (default "+host.DefaultConfigFile+", if it is there)")
 	fl.StringArrayVar(&req.ASDs, "asd", nil, "address of a storage daemon, a directory or HOST:PORT; repeated for all\n(default: asd in the data directory)")
+	fl.StringVar(&masterKeys, "master-keys", "", "file with the master keys of presets that encrypt, in place of the configuration's")
 	fl.BoolVar(&req.Force, "force", false, "replace a registry that has volumes or can't be read; do without what is lost or missing")
 	return cmd
 }

@@ -1,15 +1,18 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"strings"
 
 	"github.com/docker/go-units"
+	"github.com/rs/zerolog"
 	"github.com/spf13/cobra"
 
 	"scoria/driver/control"
+	"scoria/driver/host"
 )
 
 const defaultSocket = "/run/scoria/control.sock"
@@ -20,6 +23,8 @@ type app struct {
 	socket      string
 	output      string // table or json
 	quiet       bool
+
+	rebuild func(context.Context, host.Config, host.RebuildRequest, zerolog.Logger) (host.RebuildReport, error) // host.RebuildRegistry
 }
 
 func (a *app) client() *control.Client { return control.NewClient(a.socket) }

@@ -190,6 +190,37 @@ func TestPrintConfig(t *testing.T) {
 	}
 }
 
+// TestMasterKeysFromCredential: the daemon reads its master keys from the directory of
+// credentials that systemd makes for it, and does not start without them.
+func TestMasterKeysFromCredential(t *testing.T) {
+	d := newDaemon(t)
+	if err := os.WriteFile(d.config, []byte("[write_buffer]\nsize = \"64M\"\n[backend]\nmaster_keys = \"credential:master-keys\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	for _, c := range []struct{ dir, want string }{{"", "CREDENTIALS_DIRECTORY is not set"}, {dir, "no such file"}} {
+		t.Setenv("CREDENTIALS_DIRECTORY", c.dir)
+		out, err := d.command().CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "backend.master_keys") || !strings.Contains(string(out), c.want) {
+			t.Fatalf("without the credential: %v\n%s", err, out)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "master-keys"), []byte(strings.Repeat("5a", 32)+"\n"), 0o400); err != nil {
+		t.Fatal(err)
+	}
+	d.start()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	// Refused without a master key.
+	p, err := d.client.CreatePreset(ctx, control.Preset{Name: "secret", Policies: []control.Policy{{K: 1, M: 0, C: 1, X: 1}}, Encryption: "aes-256-gcm"})
+	if err != nil || p.Encryption != "aes-256-gcm" {
+		t.Fatalf("preset %+v, %v", p, err)
+	}
+	if code := d.stop(); code != 0 {
+		t.Fatalf("exit status %d; want 0", code)
+	}
+}
+
 // journal is what clients were told about their volumes.
 type journal struct {
 	mu      sync.Mutex

@@ -17,7 +17,7 @@ func TestUnits(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, wanted := range map[string][]string{
-		"scoriad.service":     {"Type=notify", "Restart=always", "RuntimeDirectory=scoria", "RuntimeDirectoryPreserve=yes", "LimitMEMLOCK=infinity", "LimitNOFILE=", "KillMode=mixed"},
+		"scoriad.service":     {"Type=notify", "Restart=always", "RuntimeDirectory=scoria", "RuntimeDirectoryPreserve=yes", "LimitMEMLOCK=infinity", "LimitNOFILE=", "KillMode=mixed", "LoadCredential=master-keys:"},
 		"scoria-asd@.service": {"Type=notify", "Restart=always", "LimitNOFILE=", "KillMode=mixed", "--data-dir ${DATA_DIR}"},
 	} {
 		b, err := os.ReadFile(filepath.Join("../../packaging/systemd", name))

@@ -71,6 +71,7 @@ type objectStore struct {
 	fs       vfs.FS
 	config   *Config
 	security remote.Security
+	keys     *alba.MasterKeys // nil: none are configured
 	host     string
 	log      zerolog.Logger
 	first    chan struct{}             // a token when there may be a first storage daemon
@@ -104,14 +105,13 @@ func openObjectStore(ctx context.Context, fsys vfs.FS, reg registry.Store, node 
 	}
 	o := &objectStore{fs: fsys, config: c, security: c.Backend.security(), host: name, first: make(chan struct{}, 1),
 		log: log.With().Str("component", "objects").Logger(), embedded: map[string]*embeddedASD{}}
-	var keys *alba.MasterKeys
 	if c.Backend.MasterKeys != "" {
-		if keys, err = alba.LoadMasterKeys(c.Backend.MasterKeys); err != nil {
+		if o.keys, err = alba.LoadMasterKeys(c.Backend.MasterKeys); err != nil {
 			return nil, fmt.Errorf("backend.master_keys: %w", err)
 		}
 	}
 	faults := repair.NewFaults()
-	o.proxy, err = proxy.New(ctx, proxy.Options{Registry: AlbaRegistry{reg}, Dial: o.dial, Node: node, Keys: keys,
+	o.proxy, err = proxy.New(ctx, proxy.Options{Registry: AlbaRegistry{reg}, Dial: o.dial, Node: node, Keys: o.keys,
 		Location: proxy.Location{Host: name, Rack: c.Backend.Rack, Datacentre: c.Backend.Datacentre},
 		Report:   o.report(faults), Log: o.log})
 	if err != nil {

@@ -27,7 +27,7 @@ type RebuildRequest struct {
 	// one that the daemon makes in its data directory.
 	ASDs []string
 	// Force replaces a registry that has volumes or can't be read, and accepts that
-	// objects are lost and storage daemons missing.
+	// objects are lost, storage daemons missing, and volumes left out whose master key is.
 	Force bool
 	// Progress is told what is done; may be nil.
 	Progress func(text string)
@@ -215,7 +215,7 @@ func (r *rebuilder) devices() ([]alba.Device, error) {
 		list = append(list, d)
 	}
 	if len(list) == 0 {
-		return nil, control.Errorf(control.CodeNotFound, "no storage daemon was found: %s: name all with --asd DIRECTORY or --asd HOST:PORT", r.report.Problems)
+		return nil, control.Errorf(control.CodeNotFound, "no storage daemon was found: %s; name all with --asd DIRECTORY or --asd HOST:PORT", strings.Join(r.report.Problems, "; "))
 	}
 	return list, nil
 }
@@ -230,15 +230,47 @@ func (r *rebuilder) build(ctx context.Context, name string, devices []alba.Devic
 		return err
 	}
 	if n := len(r.report.Lost) + len(r.report.Missing); n > 0 && !r.req.Force {
-		return control.Errorf(control.CodeNeedsForce, "of %d objects too few parts were found, and %d storage daemons that have parts of objects were not read (lost: %s; missing: %s): "+
-			"name all storage daemons with --asd, with those that can't be read brought back; --force does without", len(r.report.Lost), len(r.report.Missing), firstOf(r.report.Lost), firstOf(r.report.Missing))
+		return control.Errorf(control.CodeNeedsForce, "of %d objects too few parts were found, and %d storage daemons that have parts of objects were not read (lost: %s; missing: %s; problems: %s): "+
+			"name all storage daemons with --asd, with those that can't be read brought back; --force does without",
+			len(r.report.Lost), len(r.report.Missing), firstOf(r.report.Lost), firstOf(r.report.Missing), firstOf(r.report.Problems))
 	}
 	// Again, with the storage daemons that are known now.
 	if r.objects, err = openObjectStore(ctx, r.fs, r.reg, r.node, &r.config, r.log); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.objects.close()) }()
+	if err := r.checkKeys(ctx); err != nil {
+		return err
+	}
 	return r.restoreVolumes(ctx)
+}
+
+// checkKeys refuses to go on without the master keys of all volumes: a volume whose
+// contents can't be read would be left out of a registry that looks whole. Nothing
+// has been written to the storage daemons before.
+func (r *rebuilder) checkKeys(ctx context.Context) error {
+	kvs, err := r.reg.List(ctx, alba.NamespacePrefix)
+	if err != nil {
+		return err
+	}
+	var locked []string
+	for _, kv := range kvs {
+		n, err := alba.Decode[alba.Namespace](kv.Value)
+		if err != nil {
+			return err
+		}
+		if n.Key == nil {
+			continue
+		}
+		if _, err := r.objects.keys.Unwrap(n.ID, n.Key); err != nil {
+			locked = append(locked, fmt.Sprintf("volume %s: %v", n.Name, err))
+		}
+	}
+	if len(locked) == 0 || r.req.Force { // then the report says which were left out
+		return nil
+	}
+	return control.Errorf(control.CodeNeedsForce, "%d volumes are encrypted by keys that can't be read (%s): name a file that has all their master keys with --master-keys or, "+
+		"in the configuration, backend.master_keys; --force leaves these volumes out and keeps what they have", len(locked), firstOf(locked))
 }
 
 // firstOf shortens a list for an error.
@@ -259,7 +291,7 @@ func (r *rebuilder) restoreObjects(ctx context.Context, devices []alba.Device) (
 		return err
 	}
 	defer func() { err = errors.Join(err, o.close()) }()
-	r.say("reading %d storage daemons", len(devices))
+	r.say("storage daemons to be read: %d", len(devices))
 	found, err := repair.RebuildRegistry(ctx, AlbaRegistry{r.reg}, o.dial, devices, r.log)
 	r.report.ASDs, r.report.Presets, r.report.Objects = found.Devices, found.Presets, found.Objects
 	r.report.Missing = append(r.report.Missing, found.Missing...)
@@ -267,7 +299,7 @@ func (r *rebuilder) restoreObjects(ctx context.Context, devices []alba.Device) (
 	r.report.Superseded = append(r.report.Superseded, found.Superseded...)
 	r.report.Problems = append(r.report.Problems, found.Problems...)
 	if err == nil {
-		r.say("%d objects on %d storage daemons", found.Objects, found.Devices)
+		r.say("found on %d of them: %d objects", found.Devices, found.Objects)
 	}
 	return err
 }

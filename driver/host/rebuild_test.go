@@ -291,6 +291,65 @@ func TestP10RebuiltWithoutADisk(t *testing.T) {
 	verifyFamily(t, h, client, "safe", records)
 }
 
+// TestP10RebuiltWithoutTheKey: without the master key of an encrypted volume it is
+// refused; done all the same, the others come back, and a daemon that ran with them
+// has taken nothing from it: with the key it comes back as it was.
+func TestP10RebuiltWithoutTheKey(t *testing.T) {
+	c := emptyConfig(t)
+	c.Cache.Local, c.Cache.Read = 0, 0
+	right := filepath.Join(t.TempDir(), "keys")
+	writeFileT(t, right, strings.Repeat("5a", alba.KeyBytes)+"\n")
+	c.Backend.MasterKeys = right
+	h, client := startHost(t, c)
+	ctx := testContext(t)
+	asds := addDirs(t, client, 1)
+	one := []control.Policy{{K: 1, C: 1, X: 1}}
+	if err := errors.Join(second(client.CreatePreset(ctx, control.Preset{Name: "open", Policies: one})),
+		second(client.CreatePreset(ctx, control.Preset{Name: "secret", Policies: one, Encryption: "aes-256-gcm"})),
+		second(client.CreatePool(ctx, control.CreatePool{Name: "open", Preset: "open"})),
+		second(client.CreatePool(ctx, control.CreatePool{Name: "secret", Preset: "secret"})),
+		second(client.CreateVolume(ctx, control.CreateVolume{Name: "open/p", Size: 8 << 20}))); err != nil {
+		t.Fatal(err)
+	}
+	copyIs(t, h, "open/p")
+	records := makeFamily(t, c, h, client, "secret")
+	loseAllBut(t, c.DataDir, "instance.json")
+	req := RebuildRequest{ASDs: []string{asds[0].Address}}
+	wrong := filepath.Join(t.TempDir(), "keys")
+	writeFileT(t, wrong, strings.Repeat("a5", alba.KeyBytes)+"\n")
+	for _, keys := range []string{"", wrong} {
+		c.Backend.MasterKeys = keys
+		_, err := RebuildRegistry(ctx, c, req, zerolog.Nop())
+		refusedFor(t, err, control.CodeNeedsForce, "3 volumes are encrypted", records["v"].ID.String(), "--master-keys", "--force")
+	}
+	if files, err := filepath.Glob(filepath.Join(c.DataDir, "registry.db*")); err != nil || len(files) > 0 {
+		t.Fatalf("a refusal leaves %v, %v", files, err)
+	}
+	req.Force = true
+	report, err := RebuildRegistry(ctx, c, req, zerolog.Nop())
+	if err != nil || len(report.Volumes) != 1 || report.Volumes[0].Name != "open/p" {
+		t.Fatalf("%+v, %v", report, err)
+	}
+	for name, r := range records {
+		if !slices.ContainsFunc(report.Problems, func(p string) bool { return strings.Contains(p, r.ID.String()) && strings.Contains(p, "master key") }) {
+			t.Errorf("no problem says that %s was left out: %q", name, report.Problems)
+		}
+	}
+	h, _ = startHost(t, c)
+	stopHost(t, h)
+
+	c.Backend.MasterKeys, req.Force = right, false
+	_, err = RebuildRegistry(ctx, c, req, zerolog.Nop())
+	refusedFor(t, err, control.CodeNeedsForce, "1 volumes")
+	req.Force = true
+	if report, err = RebuildRegistry(ctx, c, req, zerolog.Nop()); err != nil || len(report.Volumes) != 1+len(records) || len(report.Problems) > 0 {
+		t.Fatalf("%+v, %v", report, err)
+	}
+	h, client = startHost(t, c)
+	defer stopHost(t, h)
+	verifyFamily(t, h, client, "secret", records)
+}
+
 // TestP10VolumesWithoutACopy: what has no copy of its record comes back under a name
 // that says so, with its contents, size and what it is a clone of.
 func TestP10VolumesWithoutACopy(t *testing.T) {
