@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"path"
+	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"scoria/alba/asd"
 	"scoria/alba/asd/asdtest"
@@ -162,33 +164,44 @@ func TestMissingTable(t *testing.T) {
 	}
 	put(0)
 	must(t, d.db.Flush())
-	_, name := largestTable(t, fsys)
-	compacted := false
-	fsys.SetHook(func(op vfs.Op, file string) error {
-		if op == vfs.OpOpen && file == name && !compacted {
-			compacted = true
-			if err := d.db.Compact(background, []byte{0}, []byte{255}, false); err != nil {
-				t.Error(err)
-			}
-		}
-		return nil
-	})
+	listed, err := d.tableNames()
+	if err != nil || len(listed) == 0 {
+		t.Fatalf("tables %v, %v", listed, err)
+	}
 	put(1)
 	must(t, d.db.Flush())
-	res, err := asd.VerifyAll(background, d, asd.VerifyOptions{})
-	fsys.SetHook(nil)
-	if err != nil || len(res.Bad) > 0 || !compacted {
-		t.Fatalf("compacted meanwhile (%v): %+v, %v", compacted, res, err)
+	must(t, d.db.Compact(background, []byte{0}, []byte{255}, false))
+	waitUntilRemoved(t, fsys, "/asd/kv/"+listed[0])
+	v := &verifier{d: d, max: 1 << 20}
+	if err := v.table(background, listed[0]); err != nil || len(v.res.Bad) > 0 {
+		t.Fatalf("%s was compacted meanwhile: %+v, %v", listed[0], v.res, err)
 	}
-	// Not one that compaction has replaced and will remove.
 	names, err := d.tableNames()
 	if err != nil || len(names) == 0 {
 		t.Fatalf("tables %v, %v", names, err)
 	}
-	name = "/asd/kv/" + names[0]
+	name := "/asd/kv/" + names[0]
 	must(t, fsys.Remove(name))
-	if res, err = asd.VerifyAll(background, d, asd.VerifyOptions{}); err != nil || len(res.Bad) == 0 {
+	if res, err := asd.VerifyAll(background, d, asd.VerifyOptions{}); err != nil || len(res.Bad) == 0 {
 		t.Fatalf("%s is gone: verify says %+v, %v", name, res, err)
+	}
+}
+
+// waitUntilRemoved waits until a file is gone.
+func waitUntilRemoved(t *testing.T, fsys vfs.FS, name string) {
+	t.Helper()
+	deadline := time.Now().Add(2 * time.Minute)
+	for {
+		_, err := fsys.Stat(name)
+		if isNotExist(err) {
+			return
+		}
+		must(t, err)
+		if time.Now().After(deadline) {
+			buf := make([]byte, 1<<20)
+			t.Fatalf("%s stays\n%s", name, buf[:runtime.Stack(buf, true)])
+		}
+		time.Sleep(time.Millisecond)
 	}
 }
 

@@ -228,32 +228,40 @@ func (v *verifier) tables(ctx context.Context, from string) error {
 			v.res.Next = cursorTable + name
 			return nil
 		}
-		if err := v.d.gate.acquire(ctx, asd.PriorityRepair); err != nil {
+		if err := v.table(ctx, name); err != nil {
 			return err
-		}
-		size, err := v.d.verifyTable(ctx, path.Join(v.d.dir, "kv", name))
-		v.d.gate.release(asd.PriorityRepair)
-		v.res.Bytes += size
-		if isNotExist(err) {
-			// Compaction may have removed it; then it is not listed any more.
-			now, lerr := v.d.tableNames()
-			if lerr != nil {
-				return lerr
-			}
-			if !slices.Contains(now, name) {
-				continue
-			}
-		}
-		if err != nil {
-			v.d.n.corruptBlocks.Add(1)
-			v.d.setDamaged(name + ": " + err.Error())
-			v.bad("", fmt.Errorf("%s: %w", name, err))
 		}
 	}
 	if err := v.journals(ctx); err != nil {
 		return err
 	}
 	v.res.Next, v.res.Done = "", true
+	return nil
+}
+
+// table checks a sorted table that was listed.
+func (v *verifier) table(ctx context.Context, name string) error {
+	if err := v.d.gate.acquire(ctx, asd.PriorityRepair); err != nil {
+		return err
+	}
+	size, err := v.d.verifyTable(ctx, path.Join(v.d.dir, "kv", name))
+	v.d.gate.release(asd.PriorityRepair)
+	v.res.Bytes += size
+	if isNotExist(err) {
+		// Compaction may have removed it; then it is not listed any more.
+		now, lerr := v.d.tableNames()
+		if lerr != nil {
+			return lerr
+		}
+		if !slices.Contains(now, name) {
+			return nil
+		}
+	}
+	if err != nil {
+		v.d.n.corruptBlocks.Add(1)
+		v.d.setDamaged(name + ": " + err.Error())
+		v.bad("", fmt.Errorf("%s: %w", name, err))
+	}
 	return nil
 }
 
