@@ -10,7 +10,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"scoria/alba/asd"
 	"scoria/alba/asd/asdtest"
@@ -68,17 +67,7 @@ func valueFiles(t testing.TB, fsys vfs.FS, dir string) (names []string) {
 // waitForFiles waits until there are this many value files.
 func waitForFiles(t testing.TB, fsys vfs.FS, dir string, want int) {
 	t.Helper()
-	deadline := time.Now().Add(2 * time.Minute)
-	for {
-		files := valueFiles(t, fsys, dir)
-		if len(files) == want {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%d value files, want %d: %v", len(files), want, files)
-		}
-		time.Sleep(time.Millisecond)
-	}
+	eventually(t, fmt.Sprintf("%d value files", want), func() bool { return len(valueFiles(t, fsys, dir)) == want })
 }
 
 // liveFiles counts the values that lie in files.

@@ -6,10 +6,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"path"
-	"runtime"
 	"strings"
 	"testing"
-	"time"
 
 	"scoria/alba/asd"
 	"scoria/alba/asd/asdtest"
@@ -171,7 +169,10 @@ func TestMissingTable(t *testing.T) {
 	put(1)
 	must(t, d.db.Flush())
 	must(t, d.db.Compact(background, []byte{0}, []byte{255}, false))
-	waitUntilRemoved(t, fsys, "/asd/kv/"+listed[0])
+	eventually(t, "a table is removed that was compacted", func() bool {
+		_, err := fsys.Stat("/asd/kv/" + listed[0])
+		return isNotExist(err)
+	})
 	v := &verifier{d: d, max: 1 << 20}
 	if err := v.table(background, listed[0]); err != nil || len(v.res.Bad) > 0 {
 		t.Fatalf("%s was compacted meanwhile: %+v, %v", listed[0], v.res, err)
@@ -184,24 +185,6 @@ func TestMissingTable(t *testing.T) {
 	must(t, fsys.Remove(name))
 	if res, err := asd.VerifyAll(background, d, asd.VerifyOptions{}); err != nil || len(res.Bad) == 0 {
 		t.Fatalf("%s is gone: verify says %+v, %v", name, res, err)
-	}
-}
-
-// waitUntilRemoved waits until a file is gone.
-func waitUntilRemoved(t *testing.T, fsys vfs.FS, name string) {
-	t.Helper()
-	deadline := time.Now().Add(2 * time.Minute)
-	for {
-		_, err := fsys.Stat(name)
-		if isNotExist(err) {
-			return
-		}
-		must(t, err)
-		if time.Now().After(deadline) {
-			buf := make([]byte, 1<<20)
-			t.Fatalf("%s stays\n%s", name, buf[:runtime.Stack(buf, true)])
-		}
-		time.Sleep(time.Millisecond)
 	}
 }
 

@@ -224,8 +224,11 @@ func (d *Disk) openKV(fresh bool) error {
 	if err := d.checkKV(dir); err != nil {
 		return err
 	}
+	replay := &kvReplay{salvage: d.opts.Salvage, cut: func(text string) {
+		d.log.Error().Str("file", text).Msg("what the key-value store's log held from there on is given up; the whole file is kept as *.damaged")
+	}}
 	opts := &pebble.Options{
-		FS:                          kvFS{d.access, d.durable},
+		FS:                          kvFS{d.access, d.durable, replay},
 		FormatMajorVersion:          kvFormat,
 		ErrorIfNotExists:            !fresh,
 		CacheSize:                   d.opts.CacheBytes,
@@ -248,6 +251,9 @@ func (d *Disk) openKV(fresh bool) error {
 	d.opening.Store(true)
 	db, err := pebble.Open(dir, opts)
 	d.opening.Store(false)
+	if err != nil && replay.err != nil {
+		return replay.err
+	}
 	if err != nil {
 		return fmt.Errorf("key-value store: %w", kvError(err))
 	}
@@ -255,8 +261,8 @@ func (d *Disk) openKV(fresh bool) error {
 	return nil
 }
 
-// checkKV finds damage that Pebble would take for the end of what was written, and
-// mends what can be mended.
+// checkKV mends the key-value store's manifest, in which Pebble would take damage for the
+// end of what was written. Logs are checked when Pebble opens them; see kvReplay.
 func (d *Disk) checkKV(dir string) error {
 	if _, err := d.fs.Stat(dir); isNotExist(err) {
 		return nil
@@ -269,11 +275,7 @@ func (d *Disk) checkKV(dir string) error {
 		d.n.corruptBlocks.Add(1)
 		d.log.Warn().Str("file", name).Msg("a damaged file of the key-value store was written anew from its copy")
 	}
-	cut, err := checkLogs(d.fs, dir, d.opts.Salvage)
-	for _, text := range cut {
-		d.log.Error().Str("file", text).Msg("what the key-value store's log held from there on is given up; the whole file is kept as *.damaged")
-	}
-	return err
+	return nil
 }
 
 // loadMeta reads or makes the ASD's state and reserves ids for this run.

@@ -88,10 +88,11 @@
 // What Pebble reads only at its start, its log and its manifest, it would take for
 // shorter than it was, without an error. So the manifest is there twice and mended
 // from the sound copy, and a log that is known to have been longer is refused
-// (asd.ErrCorrupt). Only damage to the very last record of a log can't be told from a
-// write that the death of the daemon cut short; a second after the last Apply, and in
-// Close, a record that says nothing new follows. Verify reads log, manifest and
-// identity as well, and mends them from what is in memory.
+// (asd.ErrCorrupt) when Pebble opens it to read it. It opens none whose contents are in
+// tables, and has written nothing by then. Only damage to the very last record of the
+// last log can't be told from a write that the death of the daemon cut short; a second
+// after the last Apply, and in Close, a record that says nothing new follows. Verify
+// reads log, manifest and identity as well, and mends them from what is in memory.
 //
 // # Goroutines
 //

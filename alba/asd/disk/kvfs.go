@@ -16,10 +16,12 @@ import (
 
 // kvFS gives Pebble the file system that Scoria's tests can crash. Names have
 // forward slashes, as both sides want them. Manifests get a twin (see kvtwin.go),
-// and durable, if set, is told how far logs and manifests are durable.
+// durable, if set, is told how far logs and manifests are durable, and replay, if set,
+// looks at each log before it is read.
 type kvFS struct {
 	fs      vfs.FS
 	durable *durableSizes
+	replay  *kvReplay
 }
 
 var _ pebblevfs.FS = kvFS{}
@@ -76,8 +78,12 @@ func (k kvFS) wrap(f vfs.File, name string, err error) (pebblevfs.File, error) {
 // Link implements pebble's vfs.FS.
 func (k kvFS) Link(oldName, newName string) error { return k.fs.Link(oldName, newName) }
 
-// Open implements pebble's vfs.FS. The options are advice about reading ahead.
+// Open implements pebble's vfs.FS. The options are advice about reading ahead. Pebble
+// opens a log for nothing but to replay it.
 func (k kvFS) Open(name string, _ ...pebblevfs.OpenOption) (pebblevfs.File, error) {
+	if err := k.replay.check(k.fs, name); err != nil {
+		return nil, err
+	}
 	f, err := k.fs.Open(name, vfs.ReadOnly)
 	return k.wrap(f, name, err)
 }

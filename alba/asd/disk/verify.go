@@ -312,7 +312,7 @@ func (d *Disk) verifyLog(name string, number uint32, size int64) (reason string,
 		return "", err
 	}
 	b = b[:min(size, int64(len(b)))]
-	end := walEnd(b, number)
+	end, _ := walEnd(b, number)
 	if end >= size || walEnded(b, end, number) {
 		return "", nil
 	}
