@@ -126,7 +126,7 @@ func (u *upload) fileParts(sums []uint32) []asd.FilePart {
 
 // adoptBy makes the fragments durable on the device, with the shard's manifest.
 func (u *upload) adoptBy(ctx context.Context, a asd.Adopter, m *Member, file string, parts []asd.FilePart) error {
-	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	ctx, cancel := context.WithTimeout(ctx, u.p.writeTimeout)
 	defer cancel()
 	mark := asd.Put(alba.ShardKey(u.m.NamespaceID, u.m.Upload, 0), asd.NewValue(u.m.Encode()))
 	return m.owned(&u.ns, u.epoch, []asd.Update{mark}, func(asserts []asd.Assert, updates []asd.Update) error {

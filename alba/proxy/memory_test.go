@@ -1,10 +1,12 @@
 package proxy_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"scoria/alba"
 	"scoria/alba/albatest"
@@ -49,11 +51,14 @@ func TestHangingDeviceHoldsNoMemory(t *testing.T) {
 			return client, err
 		}
 	})
+	proxy.SetWriteTimeout(p, 24*time.Hour) // nothing but the grace ends it
 	must(t, p.CreateNamespace(t.Context(), ns))
 	b := albatest.Pattern(1, 3*alba.MinFragmentBytes*12)
-	put(t, p, "o", b)
-	if err := albatest.Await(t, ended, "the put that hangs"); !errors.Is(err, context.Canceled) {
+	stored := make(chan error, 1)
+	go func() { stored <- p.Put(t.Context(), ns, "o", 1, bytes.NewReader(b), int64(len(b))) }()
+	if err := albatest.Await(t, ended, "the put that hangs is given up"); !errors.Is(err, context.Canceled) {
 		t.Errorf("it was given up for %v", err)
 	}
+	must(t, albatest.Await(t, stored, "the object is stored"))
 	expect(t, p, "o", b)
 }

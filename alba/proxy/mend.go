@@ -289,7 +289,7 @@ func (m *mending) get(ctx context.Context, shard, chunk, size int) ([]byte, erro
 	if d == nil {
 		return nil, fmt.Errorf("shard %d: %w", shard, asd.ErrUnavailable)
 	}
-	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	ctx, cancel := context.WithTimeout(ctx, m.p.writeTimeout)
 	defer cancel()
 	b := make([]byte, size)
 	err := d.ReadAt(ctx, alba.FragmentKey(m.next.NamespaceID, m.next.Upload, shard, chunk), b, 0, asd.PriorityRepair)
@@ -317,7 +317,7 @@ func (m *mending) store(ctx context.Context, chunk int, shards [][]byte) error {
 			if chunk == man.Layout().Chunks()-1 {
 				updates = append(updates, asd.Put(alba.ShardKey(man.NamespaceID, man.Upload, i), asd.NewValue(man.Encode())))
 			}
-			ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+			ctx, cancel := context.WithTimeout(ctx, m.p.writeTimeout)
 			defer cancel()
 			if err := d.ApplyOwned(ctx, &m.ns, m.ns.Epoch, updates, asd.PriorityRepair); err != nil {
 				return fmt.Errorf("shard %d on device %s: %w", i, man.Shards[i], err)

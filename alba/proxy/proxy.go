@@ -91,6 +91,8 @@ type Proxy struct {
 	counters Counters
 	active   sync.Map // upload IDs under way here
 
+	writeTimeout time.Duration // the constant of that name, but for tests
+
 	ctx    context.Context // of background work
 	cancel context.CancelFunc
 	mu     sync.Mutex
@@ -117,7 +119,7 @@ func New(ctx context.Context, o Options) (*Proxy, error) {
 		o.Report = func(Fault) {}
 	}
 	p := &Proxy{opts: o, reg: o.Registry, fleet: NewFleet(o.Registry, o.Dial, o.Location), memory: semaphore.NewWeighted(o.MemoryBytes),
-		late: make(chan struct{}, lateUploads), purges: make(chan struct{}, purgesAtOnce)}
+		late: make(chan struct{}, lateUploads), purges: make(chan struct{}, purgesAtOnce), writeTimeout: writeTimeout}
 	p.cache.init(o.CacheObjects)
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	events, err := p.reg.Watch(p.ctx, alba.Prefix, 0)

@@ -243,7 +243,7 @@ func (s *shardWriter) mark(updates []asd.Update) []asd.Update {
 
 // apply writes with the owner's epoch, and tells the device of the namespace's.
 func (s *shardWriter) apply(updates []asd.Update) error {
-	ctx, cancel := context.WithTimeout(s.ctx, writeTimeout)
+	ctx, cancel := context.WithTimeout(s.ctx, s.u.p.writeTimeout)
 	defer cancel()
 	if err := s.m.ApplyOwned(ctx, &s.u.ns, s.u.epoch, updates, s.u.pri); err != nil {
 		return fmt.Errorf("shard %d on device %s: %w", s.shard, s.m.Record().ID, err)
