@@ -1,6 +1,8 @@
 package host
 
 import (
+	"io/fs"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -9,15 +11,25 @@ import (
 	"github.com/rs/zerolog"
 
 	"scoria/alba/vfs"
+	"scoria/driver/block"
 	"scoria/driver/control"
 )
 
-// sickFS is a file system of which one tree can't be synced for a while.
+// sickFS is a file system of which one tree can't be synced, or one file not be opened,
+// for a while.
 type sickFS struct {
 	vfs.FS
-	mu     sync.Mutex
-	tree   string // "": all is well
-	failed int    // syncs
+	mu      sync.Mutex
+	tree    string // "": all is well
+	failed  int    // syncs
+	missing string // "": all files are there
+}
+
+// miss makes a file unreadable; "": none is.
+func (s *sickFS) miss(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.missing = name
 }
 
 func (s *sickFS) sick(tree string) {
@@ -46,6 +58,12 @@ func (s *sickFS) sync(name string, fn func() error) error {
 }
 
 func (s *sickFS) Open(name string, flags vfs.OpenFlag) (vfs.File, error) {
+	s.mu.Lock()
+	missing := s.missing != "" && s.missing == name
+	s.mu.Unlock()
+	if missing {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: syscall.EIO}
+	}
 	f, err := s.FS.Open(name, flags)
 	if err != nil {
 		return nil, err
@@ -120,4 +138,141 @@ func TestP8GuestsOutliveASickDisk(t *testing.T) {
 	await(t, "all objects to be as safe as before", func() bool { n, ok := worst(t, client); return ok && n == 1 })
 	fill(t, h, pages, 4)
 	verify(t, h, pages, 4)
+}
+
+// startOnlyDisk is a daemon as it is installed: with one storage daemon, below its
+// own directory, and two volumes in it. What safe/old has is only there.
+func startOnlyDisk(t *testing.T, c Config, pages int) (*Host, *control.Client, *sickFS) {
+	t.Helper()
+	h, client, _ := startSick(t, c)
+	if _, err := client.CreatePool(testContext(t), control.CreatePool{Name: "safe", SCOSize: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"safe/old", "safe/v"} {
+		if v, err := client.CreateVolume(testContext(t), control.CreateVolume{Name: name, Size: 64 << 20}); err != nil || v.Preset != DefaultPreset {
+			t.Fatalf("%+v, %v", v, err)
+		}
+	}
+	fillVolume(t, h, "safe/old", pages, 1)
+	fillVolume(t, h, "safe/v", pages, 1)
+	stopHost(t, h) // closes what is being written
+	h, _, _ = startSick(t, c)
+	if _, err := h.volumes.Open(testContext(t), "safe/old"); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "objects to be only in the store", func() bool {
+		st := h.volumes.device("safe/old").Stats()
+		return st.UploadBacklog == 0 && st.Space.Local == 0
+	})
+	stopHost(t, h) // and what is in memory
+	h, client, fsys := startSick(t, c)
+	for _, name := range []string{"safe/old", "safe/v"} {
+		if _, err := h.volumes.Open(testContext(t), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return h, client, fsys
+}
+
+// shows says that a volume has a condition with these words.
+func shows(t *testing.T, client *control.Client, volume, code string, words ...string) bool {
+	t.Helper()
+	v, err := client.Volume(testContext(t), volume)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range v.Conditions {
+		ok := c.Code == code
+		for _, w := range words {
+			ok = ok && strings.Contains(c.Message, w)
+		}
+		if ok {
+			return true
+		}
+	}
+	return false
+}
+
+// onlyDisk is the storage daemon.
+func onlyDisk(t *testing.T, client *control.Client) control.ASD {
+	t.Helper()
+	list, err := client.ASDs(testContext(t))
+	if err != nil || len(list) != 1 {
+		t.Fatalf("storage daemons %+v, %v", list, err)
+	}
+	return list[0]
+}
+
+// awaitHealed waits until all is well again without anybody's help.
+func awaitHealed(t *testing.T, h *Host, client *control.Client) {
+	t.Helper()
+	await(t, "the disk to be used again", func() bool {
+		a := onlyDisk(t, client)
+		return a.Up && a.Reopened > 0 && strings.Contains(a.LastFailure, "input/output error")
+	})
+	await(t, "the uploads to go on", func() bool { return h.volumes.device("safe/v").Stats().UploadBacklog == 0 })
+	await(t, "no trouble to show any more", func() bool {
+		st, err := client.Status(testContext(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		old, v := h.volumes.device("safe/old").Stats(), h.volumes.device("safe/v").Stats()
+		return len(st.Conditions)+len(old.Conditions)+len(v.Conditions) == 0
+	})
+}
+
+// TestP8OnlyDiskIsSick: with one copy of everything, on the daemon's own storage
+// daemon whose disk fails its syncs, guests write, flush and read; while that is
+// opened anew, reads of what only it has wait, visibly, and they end right when it is
+// back. What was flushed meanwhile is there after a restart.
+func TestP8OnlyDiskIsSick(t *testing.T) {
+	const pages = 64
+	c := objectConfig(t)
+	h, client, fsys := startOnlyDisk(t, c, pages)
+	asd := embeddedDir(c.DataDir)
+	fsys.sick(asd)
+	fillVolume(t, h, "safe/v", pages, 2)
+	await(t, "the failure to be told", func() bool {
+		a := onlyDisk(t, client)
+		return !a.Up && strings.Contains(a.Reason, "input/output error") && strings.Contains(a.Reason, "test write")
+	})
+	await(t, "uploads that wait to be told", func() bool { return shows(t, client, "safe/v", "store-unreachable", "input/output error") })
+	fillVolume(t, h, "safe/v", pages, 3)
+	verifyVolume(t, h, "safe/v", pages, 3)
+	verifyVolume(t, h, "safe/old", pages/2, 1)
+
+	fsys.miss(filepath.Join(asd, "identity"))
+	fsys.sick("")
+	await(t, "opening the disk anew to fail", func() bool { return strings.Contains(onlyDisk(t, client).Reason, "identity") })
+	dev, err := h.volumes.Open(testContext(t), "safe/old")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := make([]byte, 64<<10)
+	read := make(chan error, 1)
+	r := &block.Request{Op: block.OpRead, Offset: (pages - 1) << 16, Length: uint64(len(p)), Segments: [][]byte{p}, Complete: func(r *block.Request) { read <- r.Err }}
+	dev.Submit([]*block.Request{r})
+	if r.Ended {
+		t.Fatalf("a read of what nobody has ended with %v", r.Err)
+	}
+	await(t, "reads that wait to be told", func() bool { return shows(t, client, "safe/old", "store-unreadable") })
+	fillVolume(t, h, "safe/v", pages, 4)
+	select {
+	case err := <-read:
+		t.Fatalf("the read ended with %v", err)
+	default:
+	}
+
+	fsys.miss("")
+	await(t, "the read to end", func() bool { return len(read) == 1 })
+	if err := <-read; err != nil || string(p) != string(page(pages-1, 1)) {
+		t.Fatalf("read of the only disk: %v, right: %v", err, string(p) == string(page(pages-1, 1)))
+	}
+	awaitHealed(t, h, client)
+	verifyVolume(t, h, "safe/v", pages, 4)
+	stopHost(t, h)
+	h, _ = startHost(t, c)
+	verifyVolume(t, h, "safe/v", pages, 4)
+	verifyVolume(t, h, "safe/old", pages, 1)
+	stopHost(t, h)
 }
