@@ -130,7 +130,7 @@ func (m *Maintainer) verifyPresence(ctx context.Context, r *run) error {
 				m.log.Info().Err(err).Str("asd", id).Msg("shard can't be verified now")
 				continue
 			}
-			if !whole {
+			if !whole && m.current(ctx, man, shard) {
 				r.job.Problems++
 				m.log.Error().Str("asd", id).Str("namespace", man.Namespace).Str("object", man.Object).Int("shard", shard).Msg("verification found a shard missing")
 				m.reportShard(ctx, man.NamespaceID, man.Upload, shard, id)
@@ -138,6 +138,18 @@ func (m *Maintainer) verifyPresence(ctx context.Context, r *run) error {
 		}
 		return r.wait(ctx, 0, unhurried)
 	})
+}
+
+// current says whether a shard is still where a manifest that was read before says: the
+// object may have been deleted, or the shard moved, since. If the registry can't tell,
+// it is.
+func (m *Maintainer) current(ctx context.Context, man *alba.Manifest, shard int) bool {
+	kv, ok, err := m.reg.Get(ctx, alba.ObjectKey(man.NamespaceID, man.Object))
+	if err != nil || !ok {
+		return err != nil
+	}
+	now, err := alba.DecodeManifest(kv.Value)
+	return err != nil || now.Upload == man.Upload && now.Shards[shard] == man.Shards[shard]
 }
 
 // present says whether a shard's fragments and its manifest are there in their sizes.
