@@ -86,12 +86,7 @@ func TestP4Fence(t *testing.T) {
 	must(t, old.CreateNamespace(t.Context(), ns))
 	must(t, old.Fence(t.Context(), ns, 1))
 	put(t, old, "o", []byte("x"))
-
-	paused, resume := make(chan struct{}), make(chan struct{})
-	src := &pausing{b: albatest.Pattern(1, 2<<20), at: 1 << 20, paused: paused, resume: resume}
-	result := make(chan error, 1)
-	go func() { result <- old.Put(t.Context(), ns, "paused", 1, src, int64(len(src.b))) }()
-	albatest.Await(t, paused, "the upload's middle")
+	src, resume, result := pausedPut(t, old, "paused")
 	must(t, next.Fence(t.Context(), ns, 2))
 	close(resume)
 	if err := albatest.Await(t, result, "paused put"); !errors.Is(err, proxy.ErrStaleEpoch) {
@@ -131,6 +126,17 @@ func (s *pausing) ReadAt(p []byte, off int64) (int, error) {
 	return n, nil
 }
 
+// pausedPut begins an upload by the owner of epoch 1 and returns when it stands in its
+// middle: what it uploads, what to close for it to go on, and where its result comes.
+func pausedPut(t *testing.T, p *proxy.Proxy, name string) (src *pausing, resume chan<- struct{}, result <-chan error) {
+	t.Helper()
+	paused, goOn, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	src = &pausing{b: albatest.Pattern(1, 2<<20), at: 1 << 20, paused: paused, resume: goOn}
+	go func() { done <- p.Put(t.Context(), ns, name, 1, src, int64(len(src.b))) }()
+	albatest.Await(t, paused, "the upload's middle")
+	return src, goOn, done
+}
+
 // TestP4StaleOwnerOverwrites: a stale owner can't put other contents in the place of an
 // object, nor an object of a name that is free, although a device was away when it was
 // fenced and takes its fragments; nothing of them is left.
@@ -141,11 +147,7 @@ func TestP4StaleOwnerOverwrites(t *testing.T) {
 	must(t, old.CreateNamespace(t.Context(), ns))
 	must(t, old.Fence(t.Context(), ns, 1))
 	put(t, old, "o", []byte("x"))
-	paused, resume := make(chan struct{}), make(chan struct{})
-	src := &pausing{b: albatest.Pattern(1, 2<<20), at: 1 << 20, paused: paused, resume: resume}
-	result := make(chan error, 1)
-	go func() { result <- old.Put(t.Context(), ns, "free", 1, src, int64(len(src.b))) }()
-	albatest.Await(t, paused, "the upload's middle")
+	_, resume, result := pausedPut(t, old, "free")
 	c.Disks[0].Faulty.Set(asdtest.Fault{Down: true})
 	must(t, next.Fence(t.Context(), ns, 2))
 	c.Disks[0].Faulty.Set(asdtest.Fault{})

@@ -71,25 +71,5 @@ func writeIdentity(fsys vfs.FS, dir string, id uuid.UUID) error {
 	if err != nil {
 		return err
 	}
-	tmp := path.Join(dir, "identity.new")
-	f, err := fsys.Open(tmp, vfs.Create)
-	if err != nil {
-		return err
-	}
-	if err = f.Truncate(0); err == nil {
-		_, err = f.WriteAt(b, 0)
-	}
-	if err == nil {
-		err = f.Sync()
-	}
-	if closeErr := f.Close(); err == nil {
-		err = closeErr
-	}
-	if err == nil {
-		err = fsys.Rename(tmp, path.Join(dir, "identity"))
-	}
-	if err == nil {
-		err = fsys.SyncDir(dir)
-	}
-	return err
+	return replaceFile(fsys, dir, "identity", b)
 }
