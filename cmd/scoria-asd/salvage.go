@@ -4,9 +4,6 @@ import (
 	"fmt"
 
 	"github.com/spf13/cobra"
-
-	"scoria/alba/asd/disk"
-	"scoria/alba/vfs"
 )
 
 func salvageCommand() *cobra.Command {
@@ -29,19 +26,7 @@ something.`,
 }
 
 func salvage(cmd *cobra.Command, f *flags) error {
-	log, err := f.logger()
-	if err != nil {
-		return err
-	}
-	opts, err := f.options(log)
-	if err != nil {
-		return err
-	}
-	if _, err := vfs.OS().Stat(f.dataDir + "/identity"); err != nil {
-		return fmt.Errorf("no ASD there: %w", err) // and none is to be made
-	}
-	opts.Salvage = true
-	d, err := disk.Open(vfs.OS(), f.dataDir, opts)
+	d, err := openThere(f, true)
 	if err != nil {
 		return err
 	}

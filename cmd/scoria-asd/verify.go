@@ -42,23 +42,29 @@ if all is sound, 1 otherwise. A running daemon is verified by the object store.`
 	return cmd
 }
 
+// openThere opens the ASD that the flags name, and makes none.
+func openThere(f *flags, salvage bool) (*disk.Disk, error) {
+	log, err := f.logger()
+	if err != nil {
+		return nil, err
+	}
+	opts, err := f.options(log)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := vfs.OS().Stat(f.dataDir + "/identity"); err != nil {
+		return nil, fmt.Errorf("no ASD there: %w", err)
+	}
+	opts.Salvage = salvage
+	return disk.Open(vfs.OS(), f.dataDir, opts)
+}
+
 func verify(cmd *cobra.Command, f *flags, rate string, asJSON bool) error {
 	perSecond, err := size("rate", rate)
 	if err != nil {
 		return err
 	}
-	log, err := f.logger()
-	if err != nil {
-		return err
-	}
-	opts, err := f.options(log)
-	if err != nil {
-		return err
-	}
-	if _, err := vfs.OS().Stat(f.dataDir + "/identity"); err != nil {
-		return fmt.Errorf("no ASD there: %w", err) // and none is to be made
-	}
-	d, err := disk.Open(vfs.OS(), f.dataDir, opts)
+	d, err := openThere(f, false)
 	if err != nil {
 		return err
 	}
