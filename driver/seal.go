@@ -5,6 +5,7 @@ import (
 
 	"scoria/alba/vfs"
 	"scoria/driver/sco"
+	"scoria/driver/tlog"
 )
 
 // sealFile writes a footer (records, CRC table and trailer) behind the clusters and
@@ -41,9 +42,10 @@ func (v *Volume) seal(l *logSCO) error {
 	if err := v.ensureFile(l); err != nil {
 		return err
 	}
-	encoded := make([]byte, 0, sco.RecordBytes(records)+chunkBytes)
+	encoded := make([]byte, 0, int64(records)*tlog.Size)
 	for slot := range divUp(records, chunkRecords) {
-		encoded = append(encoded, v.eng.pool.chunk(l.recs[slot].Load())...)
+		left := min(cap(encoded)-len(encoded), chunkBytes)
+		encoded = append(encoded, v.eng.pool.chunk(l.recs[slot].Load())[:left]...)
 	}
 	crcs := make([]uint32, clusters)
 	for i := range crcs {

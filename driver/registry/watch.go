@@ -5,7 +5,8 @@ import "strings"
 // hub keeps the recent events and feeds the watchers. Its owner's lock guards
 // it; nothing here blocks.
 type hub struct {
-	history  []Event // oldest first, at most limit
+	history  []Event // a ring once it has limit events
+	oldest   int     // where history begins
 	limit    int
 	buffer   int
 	first    int64 // the oldest revision that history covers wholly
@@ -32,8 +33,8 @@ func (h *hub) add(prefix string, from, now int64) *watcher {
 	case from < now && (len(h.history) == 0 || h.first > from+1):
 		h.remove(w)
 	default:
-		for _, e := range h.history {
-			if e.Revision > from {
+		for i := range h.history {
+			if e := h.history[(h.oldest+i)%len(h.history)]; e.Revision > from {
 				h.send(w, e)
 			}
 		}
@@ -46,11 +47,15 @@ func (h *hub) publish(events []Event) {
 	if len(h.history) == 0 {
 		h.first = events[0].Revision
 	}
-	h.history = append(h.history, events...)
-	if over := len(h.history) - h.limit; over > 0 {
+	for _, e := range events {
+		if len(h.history) < h.limit {
+			h.history = append(h.history, e)
+			continue
+		}
 		// Part of a commit is no use to a watcher that starts in front of it.
-		h.first = h.history[over-1].Revision + 1
-		h.history = append([]Event(nil), h.history[over:]...)
+		h.first = h.history[h.oldest].Revision + 1
+		h.history[h.oldest] = e
+		h.oldest = (h.oldest + 1) % h.limit
 	}
 	for _, e := range events {
 		for w := range h.watchers {
