@@ -28,11 +28,19 @@ var (
 	// ErrUnreadable: more shards are lost or out of reach than the object's parity
 	// makes up for. It can be read again when enough devices are back.
 	ErrUnreadable = errors.New("too few shards can be read")
+	// ErrLost is an ErrUnreadable that waiting does not end: so many shards are damaged,
+	// missing or on devices that were removed that the others are not enough. Those of a
+	// removed device come back if it is added again.
+	ErrLost = fmt.Errorf("%w, and the others are lost", ErrUnreadable)
 	// ErrBusy: the registry changed under an operation too many times.
 	ErrBusy = errors.New("too many conflicts in the registry")
 )
 
-// Fault is a shard that should be repaired: bad, missing or never written.
+// NoShard is the shard of a Fault that is the whole object's.
+const NoShard = -1
+
+// Fault is a shard that should be repaired: bad, missing or never written; or an
+// object that is stored under another policy than its preset's first.
 type Fault struct {
 	Namespace string
 	Object    string
@@ -453,7 +461,7 @@ func (p *Proxy) list(ctx context.Context, ns, prefix string) ([]string, error) {
 
 // ReadAt fills b from the object's offset: ErrNoObject if there is none,
 // io.ErrUnexpectedEOF if it ends before, ErrUnreadable if too few shards are within
-// reach.
+// reach, ErrLost if they will not be again.
 func (p *Proxy) ReadAt(ctx context.Context, ns, name string, b []byte, off int64) error {
 	err := p.check(ctx, ns, name)
 	if err == nil {

@@ -89,6 +89,7 @@ type upload struct {
 	m      *alba.Manifest // Shards: where they shall go. Fixed once the last chunk is handed out.
 	final  *alba.Manifest // what was committed
 	epoch  uint64
+	lesser bool   // there is a better policy than the devices allowed
 	intent int64  // revision of the intent
 	old    *entry // what it replaces, with the same contents; nil for a new object
 	pri    asd.Priority
@@ -140,7 +141,7 @@ func (p *Proxy) begin(ctx context.Context, n namespace, name string, epoch uint6
 	}
 	unit := alba.Unit(ps.Compression, ps.Encryption)
 	most := erasure.MaxStored(ps.Compression, ps.Encryption, size)
-	u := &upload{p: p, ns: n, epoch: epoch, old: old, m: &alba.Manifest{
+	u := &upload{p: p, ns: n, epoch: epoch, old: old, lesser: choice.Index > 0, m: &alba.Manifest{
 		Namespace: n.Name, NamespaceID: n.ID, Object: name, Upload: id, Epoch: epoch, Size: size, Created: time.Now().UnixNano(),
 		Preset: ps.Name, Policy: choice.Policy, Domain: ps.Domain, Compression: ps.Compression, Encryption: ps.Encryption,
 		BlockBytes: alba.BlockBytes(ps.Compression), FragmentBytes: alba.PlanFragment(most, choice.Policy.K, ps.FragmentBytes, unit),
@@ -364,6 +365,9 @@ func (u *upload) commit(ctx context.Context, late bool) error {
 		if err == nil {
 			u.p.cache.drop(key)
 			u.final, u.intent = final, rev
+			if u.lesser { // the devices may be back before anybody looks at them
+				u.p.opts.Report(Fault{Namespace: final.Namespace, Object: final.Object, Shard: NoShard, Reason: "was stored under a lesser policy: too few devices could be used"})
+			}
 			return nil
 		}
 		if !errors.Is(err, alba.ErrConflict) {

@@ -52,6 +52,7 @@ func (p *Proxy) readEntry(ctx context.Context, e *entry, b []byte, off int64) er
 	if !errors.Is(err, erasure.ErrDamaged) {
 		return err
 	}
+	certain := true // all shards can be read, and no k of them give what was stored
 	for avoid, id := range e.m.Shards {
 		if id == "" {
 			continue
@@ -62,6 +63,10 @@ func (p *Proxy) readEntry(ctx context.Context, e *entry, b []byte, off int64) er
 			p.fault(e, avoid, "holds bytes that are not what was stored there")
 			return nil
 		}
+		certain = certain && errors.Is(again, erasure.ErrDamaged)
+	}
+	if certain {
+		err = fmt.Errorf("%w: %w", ErrLost, err)
 	}
 	return err
 }
@@ -263,7 +268,10 @@ func (p *Proxy) decode(ctx context.Context, e *entry, pc alba.Piece, b []byte, s
 	}
 	have := make([]bool, len(e.m.Shards))
 	shards := make([][]byte, len(e.m.Shards))
-	errs := []error{cause}
+	failed := make([]error, len(e.m.Shards))
+	if skip >= 0 {
+		failed[skip] = cause
+	}
 	late := time.NewTimer(e.patience(p.lateness(list[:asked])))
 	defer late.Stop()
 	for good < k && answered < asked {
@@ -271,7 +279,7 @@ func (p *Proxy) decode(ctx context.Context, e *entry, pc alba.Piece, b []byte, s
 		case a := <-answers:
 			answered++
 			if a.err != nil {
-				errs = append(errs, a.err)
+				failed[list[a.i].shard] = a.err
 				ask()
 				continue
 			}
@@ -293,8 +301,12 @@ func (p *Proxy) decode(ctx context.Context, e *entry, pc alba.Piece, b []byte, s
 		return err
 	}
 	if good < k {
+		why := ErrUnreadable
+		if len(failed)-p.lost(e.m, failed) < k {
+			why = ErrLost
+		}
 		return fmt.Errorf("%d of %d shards of %s/%s can be read, needed are %d: %w (%w)",
-			good, len(e.m.Shards), e.m.Namespace, e.m.Object, k, ErrUnreadable, errors.Join(errs...))
+			good, len(e.m.Shards), e.m.Namespace, e.m.Object, k, why, errors.Join(failed...))
 	}
 	codec, err := erasure.CodecFor(k, e.m.Policy.M)
 	if err != nil {
@@ -304,6 +316,19 @@ func (p *Proxy) decode(ctx context.Context, e *entry, pc alba.Piece, b []byte, s
 	want[pc.Shard], shards[pc.Shard] = true, b
 	p.counters.Decoded.Add(1)
 	return codec.Reconstruct(shards, have, want)
+}
+
+// lost counts the shards that no waiting brings back, by what reading them failed with:
+// those that were never written, are damaged or missing, or on devices that were removed.
+func (p *Proxy) lost(m *alba.Manifest, failed []error) (n int) {
+	for i, err := range failed {
+		bad := errors.Is(err, asd.ErrCorrupt) || errors.Is(err, asd.ErrNoKey) || errors.Is(err, asd.ErrInvalid)
+		d := p.member(m, i)
+		if m.Shards[i] == "" || bad || err != nil && d != nil && d.Record().State == alba.DeviceRemoved {
+			n++
+		}
+	}
+	return n
 }
 
 // patience is how long to wait where a guest's read would wait for hedge: maintenance

@@ -132,8 +132,9 @@ func (m *Maintainer) job(ctx context.Context, name string, always bool, fn func(
 	return r.end(ctx, fn(ctx, r))
 }
 
-// repairLoop makes a pass when faults were reported, when a device's condition has
-// changed, when the last pass left something, and once in a while.
+// repairLoop makes a pass when it was started by the operator, when faults were
+// reported, when a device's condition has changed, when the last pass left something,
+// and once in a while.
 func (m *Maintainer) repairLoop(ctx context.Context) {
 	var seen string
 	var last time.Time
@@ -141,12 +142,13 @@ func (m *Maintainer) repairLoop(ctx context.Context) {
 	m.loop(ctx, JobRepair, m.o.Interval, func() error {
 		now := m.conditions(ctx)
 		m.wake(JobOrphans) // which looks who has come back
-		if !left && now == seen && m.o.Faults.Empty() && time.Since(last) < fullPass {
+		asked := m.asked(ctx, JobRepair)
+		if !asked && !left && now == seen && m.o.Faults.Empty() && time.Since(last) < fullPass {
 			return nil
 		}
 		// With the same devices as at the last look at all objects, only those that
 		// faults were reported of can need something.
-		all := left || now != seen || time.Since(last) >= fullPass
+		all := asked || left || now != seen || time.Since(last) >= fullPass
 		var report Report
 		err := m.job(ctx, JobRepair, true, func(ctx context.Context, r *run) error {
 			var err error
@@ -160,6 +162,13 @@ func (m *Maintainer) repairLoop(ctx context.Context) {
 		}
 		return err
 	})
+}
+
+// asked says that a job was started and nobody has begun. If the registry can't tell,
+// it is found out at the next look.
+func (m *Maintainer) asked(ctx context.Context, name string) bool {
+	j, _, err := loadJob(ctx, m.reg, name)
+	return err == nil && j.State == JobRunning && j.By == ""
 }
 
 // conditions is a text that changes when what must be repaired may have changed.
@@ -284,7 +293,7 @@ func (m *Maintainer) survey(ctx context.Context, faults []proxy.Fault, all bool)
 		t := task{namespace: man.Namespace, object: man.Object, Assessment: Assess(man, m.condition)}
 		for _, f := range bad[[2]string{man.Namespace, man.Object}] {
 			// A shard that has moved since is another one.
-			if f.Shard < len(man.Shards) && man.Shards[f.Shard] == f.Device && f.Device != "" {
+			if f.Shard != proxy.NoShard && f.Shard < len(man.Shards) && man.Shards[f.Shard] == f.Device && f.Device != "" {
 				if t.bad == nil {
 					t.bad = map[int]bool{}
 				}

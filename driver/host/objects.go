@@ -97,21 +97,26 @@ var (
 
 func (borrowed) Close() error { return nil }
 
-// openObjectStore reads which storage daemons there are. None is needed to be up.
-func openObjectStore(ctx context.Context, fsys vfs.FS, reg registry.Store, node string, c *Config, log zerolog.Logger) (*objectStore, error) {
+// openObjectStore reads which storage daemons there are. None is needed to be up. Of
+// parts it takes FS and DialASD.
+func openObjectStore(ctx context.Context, parts Parts, reg registry.Store, node string, c *Config, log zerolog.Logger) (*objectStore, error) {
 	name, err := os.Hostname()
 	if err != nil {
 		return nil, err
 	}
-	o := &objectStore{fs: fsys, config: c, security: c.Backend.security(), host: name, first: make(chan struct{}, 1),
+	o := &objectStore{fs: parts.FS, config: c, security: c.Backend.security(), host: name, first: make(chan struct{}, 1),
 		log: log.With().Str("component", "objects").Logger(), embedded: map[string]*embeddedASD{}}
 	if c.Backend.MasterKeys != "" {
 		if o.keys, err = alba.LoadMasterKeys(c.Backend.MasterKeys); err != nil {
 			return nil, fmt.Errorf("backend.master_keys: %w", err)
 		}
 	}
+	dial := parts.DialASD
+	if dial == nil {
+		dial = o.dial
+	}
 	faults := repair.NewFaults()
-	o.proxy, err = proxy.New(ctx, proxy.Options{Registry: AlbaRegistry{reg}, Dial: o.dial, Node: node, Keys: o.keys,
+	o.proxy, err = proxy.New(ctx, proxy.Options{Registry: AlbaRegistry{reg}, Dial: dial, Node: node, Keys: o.keys,
 		Location: proxy.Location{Host: name, Rack: c.Backend.Rack, Datacentre: c.Backend.Datacentre},
 		Report:   o.report(faults), Log: o.log})
 	if err != nil {
@@ -133,9 +138,13 @@ func (o *objectStore) guestsWait() bool {
 func (o *objectStore) report(faults *repair.Faults) func(proxy.Fault) {
 	log := o.log.Sample(&zerolog.BurstSampler{Burst: 10, Period: time.Minute})
 	return func(f proxy.Fault) {
+		faults.Add(f)
+		if f.Shard == proxy.NoShard {
+			log.Warn().Str("namespace", f.Namespace).Str("object", f.Object).Str("reason", f.Reason).Msg("an object is less safe than it might be; it will be stored anew")
+			return
+		}
 		log.Warn().Str("namespace", f.Namespace).Str("object", f.Object).Int("shard", f.Shard).Str("asd", f.Device).Str("reason", f.Reason).
 			Msg("a piece of an object is bad or missing; it will be repaired")
-		faults.Add(f)
 	}
 }
 
