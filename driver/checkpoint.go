@@ -163,10 +163,7 @@ type storeObject struct {
 
 func (s storeObject) ReadAt(p []byte, off int64) (int, error) {
 	s.v.stats.storeRead.Add(uint64(len(p)))
-	err := askStore(s.ctx, func(ctx context.Context) error {
-		return s.v.cfg.Store.ReadAt(ctx, s.v.namespace(), s.n, p, off)
-	})
-	if err != nil {
+	if err := s.v.readObject(s.ctx, s.n, p, off); err != nil {
 		return 0, err
 	}
 	return len(p), nil

@@ -74,6 +74,7 @@
 //	resizeMu → house → checkMu → checkpoints.mu → ioMu → gate → extendMu → metaMu → pool.mu
 //	                    rmw → gate → io.mu
 //	                    checkMu → snapshotState.mu → metaMu
+//	                    lost.mu → conds.mu
 //
 // A clone takes its ancestors' metaMu with its own checkpoints.mu held, never the
 // other way round.
@@ -88,7 +89,8 @@
 // pool's pages, then huge ones).
 // Per volume, only while there is work: ioLoop (spill, sync, seal), upload,
 // admit (writes that wait for room), housekeep (checkpoint, publish, scrub), one
-// that reads map pages ahead, and one per request that waits. An idle volume has none.
+// that reads map pages ahead, one that asks for what the store has lost, and one per
+// request that waits. An idle volume has none.
 //
 // # Failure
 //

@@ -53,9 +53,7 @@ func (v *Volume) readCopies(ctx context.Context, m *scoMeta, local bool, first u
 	return v.readVerified(first, p, func(b []byte, off int64) error {
 		v.stats.storeRead.Add(uint64(len(b)))
 		defer v.stats.stages[StageStore].since(time.Now())
-		return askStore(ctx, func(ctx context.Context) error {
-			return v.cfg.Store.ReadAt(ctx, v.namespace(), v.objectOf(m), b, off)
-		})
+		return v.readObject(ctx, v.objectOf(m), b, off)
 	}, m)
 }
 

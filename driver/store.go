@@ -29,8 +29,8 @@ type Store interface {
 	// overwritten with others (ErrExists).
 	Put(ctx context.Context, ns, name string, epoch uint64, obj Object) error
 	// ReadAt fills p from the object's offset. ErrNoObject if there is none;
-	// io.ErrUnexpectedEOF if it ends before. Not verified: the driver checks its
-	// own cluster checksums.
+	// io.ErrUnexpectedEOF if it ends before; ErrLost if it can't be read any more.
+	// Not verified: the driver checks its own cluster checksums.
 	ReadAt(ctx context.Context, ns, name string, p []byte, off int64) error
 	// Size returns an object's size in bytes, or ErrNoObject.
 	Size(ctx context.Context, ns, name string) (int64, error)
@@ -57,4 +57,7 @@ var (
 	ErrStaleEpoch = errors.New("stale epoch: another owner has taken the volume")
 	ErrNoObject   = errors.New("no such object")
 	ErrExists     = errors.New("object exists with other contents")
+	// ErrLost: the store has too little of the object left, and asking again does not
+	// change that. Somebody may still bring back what is missing.
+	ErrLost = errors.New("the store has lost data")
 )

@@ -15,8 +15,8 @@ import (
 // A request that needs what only the store has waits for a store that fails or
 // does not answer, as long as it takes (P8): it is asked again and again. It ends
 // early when its owner cancels it or the volume begins to close. What the store
-// answers, that an object is not there or is too short, is not waited for; nor
-// does background work wait, which comes round by itself.
+// answers, that an object is not there, is too short or is lost (lost.go), is not
+// waited for; nor does background work wait, which comes round by itself.
 
 // Pauses between two attempts; slowRead is after how long an answer that does not
 // come is reported.
@@ -192,6 +192,9 @@ func (v *Volume) patiently(ctx context.Context, work func(ctx context.Context) e
 	if !errors.As(err, &failed) {
 		return err
 	}
+	if lost := beyondRepair(ctx, err); lost != nil {
+		return lost
+	}
 	calm := v.trouble(failed.Error())
 	defer calm()
 	for pause := minStorePause; ; pause = min(2*pause, maxStorePause) {
@@ -203,6 +206,9 @@ func (v *Volume) patiently(ctx context.Context, work func(ctx context.Context) e
 		}
 		if err = work(ctx); !errors.As(err, &failed) {
 			return err
+		}
+		if lost := beyondRepair(ctx, err); lost != nil {
+			return lost
 		}
 		v.waitsForStore(failed.Error())
 	}

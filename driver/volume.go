@@ -76,6 +76,7 @@ type Volume struct {
 	seq        seqReader
 	aheadBusy  atomic.Bool // readMapAhead works
 	storeWaits storeWaits
+	lost       lostData
 
 	users      users          // who is inside without a request
 	background sync.WaitGroup // goroutines of this volume

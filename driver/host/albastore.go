@@ -26,6 +26,7 @@ func storeError(err error) error {
 		proxy.ErrStaleEpoch: driver.ErrStaleEpoch,
 		proxy.ErrNoObject:   driver.ErrNoObject,
 		proxy.ErrExists:     driver.ErrExists,
+		proxy.ErrLost:       driver.ErrLost,
 	} {
 		if errors.Is(err, from) {
 			return fmt.Errorf("%w (%w)", to, err)

@@ -153,7 +153,7 @@ func (h *Host) openParts(ctx context.Context, fsys vfs.FS) error {
 		return err
 	}
 	h.undoLater(store.Close)
-	if h.objects, err = openObjectStore(ctx, fsys, h.reg, h.id.ID, &h.config, h.log); err != nil {
+	if h.objects, err = openObjectStore(ctx, h.parts, h.reg, h.id.ID, &h.config, h.log); err != nil {
 		return err
 	}
 	h.undoLater(h.objects.close)

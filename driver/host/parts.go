@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 
+	"scoria/alba/proxy"
 	"scoria/alba/vfs"
 	"scoria/driver"
 	"scoria/driver/registry"
@@ -23,6 +24,9 @@ type Parts struct {
 	BootID       string // changes when the host restarts
 	OpenRegistry func(file string) (Registry, error)
 	OpenEngine   func(ctx context.Context, c driver.Config) (Engine, error)
+	// DialASD opens the clients of storage daemons; one that names no directory is
+	// neither opened nor closed by this daemon.
+	DialASD proxy.Dial
 }
 
 func (p *Parts) complete() (err error) {
