@@ -87,10 +87,11 @@ type Counters struct {
 
 // Proxy reads and writes objects on the fleet's devices. Safe from any goroutine.
 type Proxy struct {
-	opts  Options
-	reg   alba.Registry
-	fleet *Fleet
-	cache cache
+	opts   Options
+	reg    alba.Registry
+	fleet  *Fleet
+	cache  cache
+	hedges hedges
 
 	memory   *semaphore.Weighted
 	chunks   sync.Pool     // of *erasure.Chunk, to be used again

@@ -128,49 +128,39 @@ func (p *Proxy) piece(ctx context.Context, e *entry, pc alba.Piece, b []byte, av
 	}
 	direct, cancel := context.WithCancel(ctx)
 	defer cancel()
-	result := make(chan error, 1)
-	go func() { result <- p.readShard(direct, e, pc, pc.Shard, b) }()
-	timer := time.NewTimer(e.patience(m.hedge()))
-	defer timer.Stop()
-	select {
-	case err := <-result:
+	var other []byte
+	var otherErr error
+	decoded := make(chan struct{})
+	hedge := p.hedges.after(e.patience(m.hedge()), func() {
+		defer close(decoded)
+		p.counters.Hedged.Add(1)
+		other = make([]byte, len(b))
+		if otherErr = p.decode(direct, e, pc, other, pc.Shard, avoid, nil); otherErr == nil {
+			cancel()
+		}
+	})
+	err := p.readShard(direct, e, pc, pc.Shard, b)
+	late := direct.Err() != nil
+	switch {
+	case p.hedges.stop(hedge):
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
 		return p.decode(ctx, e, pc, b, pc.Shard, avoid, err)
-	case <-timer.C:
-	}
-	p.counters.Hedged.Add(1)
-	other := make([]byte, len(b))
-	decoding, stop := context.WithCancel(ctx)
-	defer stop()
-	decoded := make(chan error, 1)
-	go func() { decoded <- p.decode(decoding, e, pc, other, pc.Shard, avoid, nil) }()
-	select {
-	case err := <-result:
-		if err == nil {
-			stop()
-			<-decoded
-			return nil
-		}
-		if derr := <-decoded; derr != nil {
-			return fmt.Errorf("%w (%w)", derr, err)
-		}
-		copy(b, other)
-		return nil
-	case err := <-decoded:
-		if err != nil { // then the late one is what is left
-			if late := <-result; late != nil {
-				return fmt.Errorf("%w (%w)", err, late)
-			}
-			return nil
-		}
-		m.hedged(time.Now())
+	case err == nil:
 		cancel()
-		<-result // it must no longer touch b
-		copy(b, other)
+		<-decoded
 		return nil
 	}
+	<-decoded
+	if otherErr != nil {
+		return fmt.Errorf("%w (%w)", otherErr, err)
+	}
+	if late {
+		m.hedged(time.Now())
+	}
+	copy(b, other)
+	return nil
 }
 
 // nearestCopy is the shard of a replicated object (k = 1) to read from.

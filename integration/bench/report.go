@@ -117,7 +117,7 @@ func (b *bench) document() document {
 		}
 	}
 	for _, name := range b.rowOrder() {
-		for _, server := range []string{scoriaName, plainName, peerName, qcowName, qcowPlainName, idealName, diskName, inPlaceName, erasureName, bareName} {
+		for _, server := range []string{scoriaName, plainName, peerName, qcowName, qcowPlainName, idealName, diskName, inPlaceName, erasureName, netName, bareName} {
 			if rounds := b.results[name][server]; len(rounds) > 0 {
 				doc.Workloads = append(doc.Workloads, lineOf(name, server, rounds))
 			}

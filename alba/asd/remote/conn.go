@@ -30,7 +30,7 @@ type call struct {
 	data    *buffer // that answer refers to
 	err     error   // of the connection
 	done    chan struct{}
-	written chan struct{} // the writer is done with the caller's memory
+	written chan struct{} // the sender is done with the caller's memory; nil: it has none
 }
 
 // errNotSent: the connection ended before the request was sent.
@@ -41,7 +41,7 @@ type conn struct {
 	c     *meteredConn
 	opts  *Options
 	slots chan struct{} // one per request under way, as many as the server takes
-	out   chan *outgoing
+	out   *sender
 	dead  chan struct{} // closed by end
 	loops sync.WaitGroup
 
@@ -74,14 +74,13 @@ func newConn(nc net.Conn, w *wire.Welcome, opts *Options) *conn {
 		pending: make(map[uint64]*call),
 		dead:    make(chan struct{}),
 	}
-	k.out = make(chan *outgoing, cap(k.slots)+2)
+	k.out = newSender(nc, cap(k.slots)+2, opts.PingAfter+opts.DeadAfter)
 	k.c.last.Store(time.Now().UnixNano())
 	k.loops.Go(func() { k.end(k.readLoop()) })
 	k.loops.Go(func() {
-		if err := writeFrames(k.c, k.out, k.dead, opts.PingAfter+opts.DeadAfter); err != nil {
+		if err := k.out.run(k.dead); err != nil {
 			k.end(err)
 		}
-		k.drain()
 	})
 	k.loops.Go(k.pingLoop)
 	return k
@@ -109,20 +108,6 @@ func (k *conn) end(err error) {
 	for _, c := range pending {
 		c.err = err
 		close(c.done)
-	}
-}
-
-// drain tells those whose frames the writer left that it is done with them.
-func (k *conn) drain() {
-	for {
-		select {
-		case o := <-k.out:
-			if o.written != nil {
-				o.written()
-			}
-		default:
-			return
-		}
 	}
 }
 
@@ -166,7 +151,7 @@ func (k *conn) do(ctx context.Context, req *wire.Request) (done *call, sent bool
 	case <-ctx.Done():
 		return nil, false, ctx.Err()
 	}
-	c := &call{done: make(chan struct{}), written: make(chan struct{})}
+	c := &call{done: make(chan struct{})}
 	id, err := k.register(c)
 	if err != nil {
 		return nil, false, fmt.Errorf("%w: %w", errNotSent, err)
@@ -177,8 +162,13 @@ func (k *conn) do(ctx context.Context, req *wire.Request) (done *call, sent bool
 		return nil, false, err
 	}
 	c.out.claim = func() bool { return c.state.CompareAndSwap(callQueued, callSent) }
-	c.out.written = func() { close(c.written) }
-	k.out <- &c.out // there is room for as many as there are slots
+	if len(c.out.data) > 0 {
+		c.written = make(chan struct{})
+		c.out.written = func() { close(c.written) }
+	}
+	if err := k.out.send(&c.out); err != nil {
+		k.end(err)
+	}
 	select {
 	case <-c.done:
 	case <-ctx.Done():
@@ -200,9 +190,13 @@ func (k *conn) do(ctx context.Context, req *wire.Request) (done *call, sent bool
 	return nil, true, c.err
 }
 
-// waitWritten returns when the writer no longer uses the caller's memory. It
+// waitWritten returns when the sender no longer uses the caller's memory. It
 // takes no longer than a write may.
-func (k *conn) waitWritten(c *call) { <-c.written }
+func (k *conn) waitWritten(c *call) {
+	if c.written != nil {
+		<-c.written
+	}
+}
 
 // cancel tells the server, if that needs no waiting, that nobody waits.
 func (k *conn) cancel(id uint64) {
@@ -210,9 +204,8 @@ func (k *conn) cancel(id uint64) {
 	if err != nil {
 		return
 	}
-	select {
-	case k.out <- &outgoing{frame: frame}:
-	default:
+	if err := k.out.offer(&outgoing{frame: frame}); err != nil {
+		k.end(err)
 	}
 }
 
@@ -291,8 +284,7 @@ func (k *conn) ping(id uint64) {
 	if err != nil {
 		return
 	}
-	select {
-	case k.out <- &outgoing{frame: frame}:
-	default:
+	if err := k.out.offer(&outgoing{frame: frame}); err != nil {
+		k.end(err)
 	}
 }

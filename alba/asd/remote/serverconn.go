@@ -20,13 +20,17 @@ import (
 type serverConn struct {
 	s        *Server
 	c        net.Conn
+	in       *waitReader
+	r        *bufio.Reader // of in; the reader's
 	ctx      context.Context
 	stop     context.CancelFunc
 	slots    chan struct{} // one per request under way
 	requests *semaphore.Weighted
 	answers  *semaphore.Weighted
-	out      chan *outgoing
-	handlers sync.WaitGroup
+	out      *sender
+	handlers sync.WaitGroup // readers and handlers
+	ended    chan error     // of capacity 1: why nothing is read any more
+	inline   inline
 
 	mu     sync.Mutex
 	cancel map[uint64]context.CancelFunc // requests under way
@@ -46,34 +50,39 @@ func (s *Server) serve(c net.Conn, crowded bool) error {
 	}
 	ctx, stop := context.WithCancel(s.ctx)
 	sc := &serverConn{
-		s: s, c: c, ctx: ctx, stop: stop,
+		s: s, c: c, in: newWaitReader(c), ctx: ctx, stop: stop,
 		slots:    make(chan struct{}, s.opts.MaxRequests),
 		requests: semaphore.NewWeighted(s.opts.ConnBytes), answers: semaphore.NewWeighted(s.opts.ConnBytes),
-		out:    make(chan *outgoing, s.opts.MaxRequests),
+		out:    newSender(c, s.opts.MaxRequests, s.opts.WriteTimeout),
+		ended:  make(chan error, 1),
 		cancel: make(map[uint64]context.CancelFunc),
 	}
-	writer := make(chan struct{})
-	go func() {
-		defer close(writer)
-		if err := writeFrames(c, sc.out, ctx.Done(), s.opts.WriteTimeout); err != nil {
-			_ = c.Close() // ends the reader
-			stop()
+	sc.r = bufio.NewReaderSize(sc.in, 64<<10)
+	sc.inline.timer = time.AfterFunc(time.Hour, sc.watch)
+	sc.inline.timer.Stop()
+	var writer sync.WaitGroup
+	writer.Go(func() {
+		if err := sc.out.run(ctx.Done()); err != nil {
+			sc.fail(err)
 		}
-	}()
-	err := sc.read()
+	})
+	sc.handlers.Go(sc.read)
+	err := <-sc.ended
 	stop()
 	_ = c.Close()
+	sc.inline.end()
 	sc.handlers.Wait()
-	<-writer
-	for len(sc.out) > 0 {
-		if o := <-sc.out; o.written != nil {
-			o.written()
-		}
-	}
+	writer.Wait()
 	if errors.Is(err, io.EOF) {
 		return nil
 	}
 	return err
+}
+
+// fail ends the connection, which the reader notices.
+func (sc *serverConn) fail(error) {
+	_ = sc.c.Close()
+	sc.stop()
 }
 
 func (s *Server) handshake(c net.Conn, crowded bool) error {
@@ -103,38 +112,51 @@ func (s *Server) handshake(c net.Conn, crowded bool) error {
 	return nil
 }
 
-// read takes requests from the connection, as fast as the limits allow.
-func (sc *serverConn) read() error {
-	r := bufio.NewReaderSize(sc.c, 64<<10)
+// read is the reader: it takes requests from the connection, as fast as the limits
+// allow, until that ends or, while it was busy with a request, another took its place.
+func (sc *serverConn) read() {
 	head := make([]byte, wire.HeaderBytes)
 	for {
-		h, err := readHeader(r, head)
-		if err != nil {
-			return err
+		sc.in.waited = false
+		h, err := readHeader(sc.r, head)
+		if err == nil {
+			sc.inline.arrived(sc.in.waited)
+			cost := int64(wire.HeaderBytes) + int64(h.Body) + int64(h.Data)
+			if err = sc.admit(cost); err == nil {
+				if err = sc.take(&h, cost); err != nil && err != errReplaced {
+					sc.dismiss(cost)
+				}
+			}
 		}
-		cost := int64(wire.HeaderBytes) + int64(h.Body) + int64(h.Data)
-		if err := sc.admit(cost); err != nil {
-			return err
-		}
-		if err := sc.take(r, &h, cost); err != nil {
-			sc.dismiss(cost)
-			return err
+		switch err {
+		case nil:
+		case errReplaced:
+			return
+		default:
+			sc.ended <- err
+			return
 		}
 	}
 }
 
-// take reads the rest of an admitted request and begins it. On error the caller
-// dismisses it.
-func (sc *serverConn) take(r *bufio.Reader, h *wire.Header, cost int64) error {
-	if err := sc.c.SetReadDeadline(time.Now().Add(sc.s.opts.FrameTimeout)); err != nil {
-		return err
+// take reads the rest of an admitted request and begins it. On an error other than
+// errReplaced the caller dismisses it.
+func (sc *serverConn) take(h *wire.Header, cost int64) error {
+	// What is here already needs no deadline.
+	here := int64(sc.r.Buffered()) >= int64(h.Body)+int64(h.Data)
+	if !here {
+		if err := sc.c.SetReadDeadline(time.Now().Add(sc.s.opts.FrameTimeout)); err != nil {
+			return err
+		}
 	}
-	body, data, err := readRest(r, h)
+	body, data, err := readRest(sc.r, h)
 	if err != nil {
 		return fmt.Errorf("frame of %d bytes: %w", cost, err)
 	}
-	if err := sc.c.SetReadDeadline(time.Time{}); err != nil {
-		return err
+	if !here {
+		if err := sc.c.SetReadDeadline(time.Time{}); err != nil {
+			return err
+		}
 	}
 	req, err := wire.DecodeRequest(h, body, data.b)
 	if err != nil {
@@ -179,9 +201,12 @@ func (sc *serverConn) begin(req *wire.Request, data *buffer, cost int64) error {
 		sc.send(&wire.Answer{ID: req.ID, Op: req.Op}, func() { sc.dismiss(cost) })
 		return nil
 	}
-	ctx, cancel := context.WithCancel(sc.ctx)
+	var ctx context.Context
+	var cancel context.CancelFunc
 	if req.Deadline > 0 {
 		ctx, cancel = context.WithTimeout(sc.ctx, time.Duration(req.Deadline)*time.Millisecond)
+	} else {
+		ctx, cancel = context.WithCancel(sc.ctx)
 	}
 	sc.mu.Lock()
 	_, twice := sc.cancel[req.ID]
@@ -193,7 +218,7 @@ func (sc *serverConn) begin(req *wire.Request, data *buffer, cost int64) error {
 		cancel()
 		return fmt.Errorf("%w: two requests of number %d at once", wire.ErrProtocol, req.ID)
 	}
-	sc.handlers.Go(func() {
+	do := func() {
 		answer, release := sc.handle(ctx, req)
 		sc.mu.Lock()
 		delete(sc.cancel, req.ID)
@@ -204,18 +229,21 @@ func (sc *serverConn) begin(req *wire.Request, data *buffer, cost int64) error {
 			release()
 			sc.dismiss(cost)
 		})
-	})
+	}
+	alone := len(sc.slots) == 1
+	if quick(req) && sc.inline.may(alone) {
+		return sc.doInline(do)
+	}
+	sc.handlers.Go(do)
 	return nil
 }
 
-// send hands an answer to the writer; release is called when it is written or
+// send hands an answer to the sender; release is called when it is written or
 // never will be.
 func (sc *serverConn) send(a *wire.Answer, release func()) {
 	frame, data := a.Encode()
-	select {
-	case sc.out <- &outgoing{frame: frame, data: data, written: release}:
-	case <-sc.ctx.Done():
-		release()
+	if err := sc.out.send(&outgoing{frame: frame, data: data, written: release}); err != nil {
+		sc.fail(err)
 	}
 }
 
