@@ -15,7 +15,9 @@
 // ping, which it answers whatever its disk does; if nothing comes for
 // DeadAfter more, the connection is given up.
 //
-// Goroutines per connection: reader, writer, pinger. They end with it.
+// Goroutines per connection: reader, sender, pinger. They end with it. A small request
+// is written by its caller, as far as the socket takes it at once, the rest by the
+// sender.
 //
 // # Server
 //
@@ -25,10 +27,13 @@
 // WriteTimeout is closed. Bytes of requests are taken before those of answers,
 // from pools of their own, so that they can't wait for each other in a circle.
 //
-// Goroutines per connection: reader, writer, and one per request under way.
+// Goroutines per connection: reader, sender, and one per request under way. Small
+// answers are written by those, too. A small read that is alone is done by the reader
+// itself: if that takes longer than a millisecond it stops being the reader, and another
+// goroutine reads on, so that nobody waits behind a slow disk.
 //
 // # Locks
 //
-// Client: lane.mu, then conn.mu. Server: Server.mu and serverConn.mu, neither
-// with the other held.
+// Client: lane.mu, then conn.mu. Server: Server.mu, serverConn.mu and inline.mu, none
+// with another held. sender.mu is a leaf at both ends.
 package remote
