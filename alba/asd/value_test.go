@@ -57,3 +57,39 @@ func TestSumGolden(t *testing.T) {
 		}
 	}
 }
+
+// TestCheckAsItComes: a value that is read in pieces is filled whole, and whichever byte
+// is damaged on the way is found then or by Check.
+func TestCheckAsItComes(t *testing.T) {
+	for _, size := range []int{0, 1, 4096, 600_000} {
+		for _, blockSize := range []int{512, 4096, 4112, MaxBlockSize} {
+			data := bytes.Repeat([]byte("block of bytes! "), size/16+1)[:size]
+			sent := NewValueBlocks(data, blockSize)
+			for _, damaged := range []int{-1, 0, size / 2, size - 1} {
+				if damaged >= size {
+					continue
+				}
+				v := Value{Data: make([]byte, size), BlockSize: blockSize, CRCs: sent.CRCs}
+				at := 0
+				err := v.CheckAsItComes(func(p []byte) error {
+					at += copy(p, data[at:])
+					if i := damaged - (at - len(p)); damaged >= 0 && i >= 0 && i < len(p) {
+						p[i] ^= 0x10
+					}
+					return nil
+				})
+				if err != nil || at != size {
+					t.Fatalf("%d bytes of %d, %v", at, size, err)
+				}
+				if err := v.Check("k"); (err == nil) != (damaged < 0) {
+					t.Errorf("size %d, blocks of %d, byte %d damaged: %v", size, blockSize, damaged, err)
+				}
+			}
+		}
+	}
+	v := NewValueBlocks(make([]byte, 9000), 4096)
+	gone := errors.New("gone")
+	if err := v.CheckAsItComes(func([]byte) error { return gone }); !errors.Is(err, gone) {
+		t.Error(err)
+	}
+}

@@ -18,11 +18,7 @@ func readHeader(r *bufio.Reader, b []byte) (wire.Header, error) {
 
 // readRest reads a frame's body and data.
 func readRest(r *bufio.Reader, h *wire.Header) (body []byte, data *buffer, err error) {
-	body = make([]byte, h.Body)
-	if _, err := io.ReadFull(r, body); err != nil {
-		return nil, nil, err
-	}
-	if err := h.CheckBody(body); err != nil {
+	if body, err = readBody(r, h); err != nil {
 		return nil, nil, err
 	}
 	data = newBuffer(int(h.Data))
@@ -31,6 +27,43 @@ func readRest(r *bufio.Reader, h *wire.Header) (body []byte, data *buffer, err e
 		return nil, nil, err
 	}
 	return body, data, nil
+}
+
+func readBody(r *bufio.Reader, h *wire.Header) ([]byte, error) {
+	body := make([]byte, h.Body)
+	if _, err := io.ReadFull(r, body); err != nil {
+		return nil, err
+	}
+	return body, h.CheckBody(body)
+}
+
+// readRequest reads the rest of a request. The values that it puts are verified as they
+// come: what is wrong with one is for the backend to say.
+func readRequest(r *bufio.Reader, h *wire.Header) (req wire.Request, data *buffer, err error) {
+	body, err := readBody(r, h)
+	if err != nil {
+		return req, nil, err
+	}
+	memory := newBuffer(int(h.Data))
+	defer func() {
+		if err != nil {
+			memory.free()
+		}
+	}()
+	fill := func(p []byte) error {
+		_, err := io.ReadFull(r, p)
+		return err
+	}
+	// This refers to the data and does not look at them.
+	if req, err = wire.DecodeRequest(h, body, memory.b); err != nil {
+		return req, nil, err
+	}
+	for i := range req.Updates {
+		if err = req.Updates[i].Value.CheckAsItComes(fill); err != nil {
+			return req, nil, err
+		}
+	}
+	return req, memory, nil
 }
 
 // buffer is memory for data that is used again.

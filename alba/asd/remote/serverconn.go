@@ -149,7 +149,7 @@ func (sc *serverConn) take(h *wire.Header, cost int64) error {
 			return err
 		}
 	}
-	body, data, err := readRest(sc.r, h)
+	req, data, err := readRequest(sc.r, h)
 	if err != nil {
 		return fmt.Errorf("frame of %d bytes: %w", cost, err)
 	}
@@ -157,10 +157,6 @@ func (sc *serverConn) take(h *wire.Header, cost int64) error {
 		if err := sc.c.SetReadDeadline(time.Time{}); err != nil {
 			return err
 		}
-	}
-	req, err := wire.DecodeRequest(h, body, data.b)
-	if err != nil {
-		return err
 	}
 	return sc.begin(&req, data, cost)
 }
