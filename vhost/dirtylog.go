@@ -3,6 +3,7 @@ package vhost
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 
 	"scoria/shm/mem"
 )
@@ -17,14 +18,15 @@ var errLogRange = errors.New("address is not covered by the dirty log")
 type dirtyLog struct {
 	mapping *mem.Mapping
 	pages   uint64
+	marked  *atomic.Uint64 // counts pages, each time that one is marked
 }
 
-func newDirtyLog(m *mem.Mapping) (*dirtyLog, error) {
+func newDirtyLog(m *mem.Mapping, marked *atomic.Uint64) (*dirtyLog, error) {
 	b := m.Bytes()
 	if !mem.AlignedTo(b, 4) {
 		return nil, fmt.Errorf("dirty log: offset is no multiple of 4: %w", mem.ErrRange)
 	}
-	return &dirtyLog{mapping: m, pages: 8 * uint64(len(b)&^3)}, nil
+	return &dirtyLog{mapping: m, pages: 8 * uint64(len(b)&^3), marked: marked}, nil
 }
 
 // mark marks the pages of [addr, addr+n). It must be called after the pages
@@ -42,6 +44,7 @@ func (l *dirtyLog) mark(addr, n uint64) error {
 	for page := first; page <= last; page++ {
 		orWord(words, page/32, 1<<(page%32))
 	}
+	l.marked.Add(last - first + 1)
 	return nil
 }
 

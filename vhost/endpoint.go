@@ -39,7 +39,7 @@ var errTooMany = errors.New("more connections to one volume than are allowed")
 // counters are an endpoint's.
 type counters struct {
 	worker.Counters
-	connections, disconnects, resubmitted atomic.Uint64
+	connections, disconnects, resubmitted, dirtyPages atomic.Uint64
 }
 
 // Endpoint is one volume's socket.
@@ -189,7 +189,7 @@ func (e *Endpoint) Stats() Stats {
 	s := Stats{
 		Name: e.name, Path: e.path, Stats: e.counters.Snapshot(),
 		Connections: e.counters.connections.Load(), Disconnects: e.counters.disconnects.Load(),
-		Resubmitted: e.counters.resubmitted.Load(),
+		Resubmitted: e.counters.resubmitted.Load(), DirtyPages: e.counters.dirtyPages.Load(),
 	}
 	e.mu.Lock()
 	s.Sessions = len(e.sessions)

@@ -115,7 +115,7 @@ func (s *session) setLogBase(m *message) error {
 	if err != nil {
 		return err
 	}
-	log, err := newDirtyLog(mapping)
+	log, err := newDirtyLog(mapping, &s.ep.counters.dirtyPages)
 	if err != nil {
 		mapping.Release()
 		return err

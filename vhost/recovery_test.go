@@ -194,6 +194,63 @@ func TestMemorySlotsChangeWhileRunning(t *testing.T) {
 	}
 }
 
+// startLog has f log what the device writes to g's memory, and returns the log.
+func startLog(t *testing.T, f *frontEnd, g *guest) *mem.Mapping {
+	t.Helper()
+	const size = (testGuestBase + testMemBytes) / logPage / 8
+	fd, err := mem.CreateMemfd("log", size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	log, err := mem.Map(fd, 0, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(log.Release)
+	if err := f.send(wire.SetLogBase, 0, wire.Log{Size: size}.Append(nil), fd); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := f.recv(wire.SetLogBase); err != nil {
+		t.Fatal(err)
+	}
+	f.must(wire.SetFeatures, wire.AppendU64(nil, g.features|wire.FeatureLogAll))
+	f.must(wire.SetVringAddr, g.addr(0, wire.VringFlagLog).Append(nil))
+	return log
+}
+
+// marked says whether the page at an offset of guest memory is in the log.
+func marked(log *mem.Mapping, off uint64) bool {
+	page := (testGuestBase + off) / logPage
+	return log.Bytes()[page/8]&(1<<(page%8)) != 0
+}
+
+// A request that is refused without having been understood is logged for its
+// status alone, and not for what its slot was used for before: that may point to
+// memory which has been replaced since.
+func TestDirtyLogOfUnknownRequest(t *testing.T) {
+	b := newBed(t, Config{})
+	g := newGuest(t, 1, 16, testFeatures)
+	f := start(t, b.path, g)
+	read := g.add(0, blkIn, 0, nil, 4096)
+	g.publish(0)
+	g.wait(read)
+	f.memory(g) // mapped anew
+	log := startLog(t, f, g)
+	unknown := g.add(0, 77, 0, nil, 512)
+	g.publish(0)
+	if st := g.wait(unknown); st != statusUnsup {
+		t.Fatal(st)
+	}
+	f.stopRing(0) // after the reply, everything is marked
+	if !marked(log, unknown.status) || marked(log, read.data) {
+		t.Fatalf("status is marked: %v; an earlier request's data is: %v", marked(log, unknown.status), marked(log, read.data))
+	}
+	if b.ep.Stats().DirtyPages == 0 {
+		t.Fatal("no pages were counted")
+	}
+}
+
 // Everything that is written to guest memory is in the dirty log: data, status
 // bytes and the used ring.
 func TestDirtyLogHasEverythingWritten(t *testing.T) {
@@ -206,30 +263,8 @@ func TestDirtyLogHasEverythingWritten(t *testing.T) {
 		early := g.add(0, blkIn, 8, nil, 4096)
 		g.publish(0)
 		hurry(t, "request at the device", func() bool { return b.dev.heldCount() == 1 })
-		pages := (testGuestBase + testMemBytes) / logPage
-		fd, err := mem.CreateMemfd("log", int64(pages/8))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer unix.Close(fd)
-		log, err := mem.Map(fd, 0, uint64(pages/8))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer log.Release()
-		if err := f.send(wire.SetLogBase, 0, wire.Log{Size: uint64(pages / 8)}.Append(nil), fd); err != nil {
-			t.Fatal(err)
-		}
-		if _, _, err := f.recv(wire.SetLogBase); err != nil {
-			t.Fatal(err)
-		}
-		f.must(wire.SetFeatures, wire.AppendU64(nil, g.features|wire.FeatureLogAll))
-		f.must(wire.SetVringAddr, g.addr(0, wire.VringFlagLog).Append(nil))
-		dirty := func(off uint64) bool {
-			page := (testGuestBase + off) / logPage
-			return log.Bytes()[page/8]&(1<<(page%8)) != 0
-		}
-		if dirty(early.data) {
+		log := startLog(t, f, g)
+		if marked(log, early.data) {
 			t.Fatal("marked before it was written")
 		}
 		b.dev.let(inOrder)
@@ -246,11 +281,11 @@ func TestDirtyLogHasEverythingWritten(t *testing.T) {
 			"early data": early.data, "early status": early.status, "data 0": read.data, "data 1": read.data + 4096, "data 2": read.data + 8192,
 			"read status": read.status, "write status": write.status, "id": id.data, "used ring": g.rings[0].at + g.rings[0].layout.Used,
 		} {
-			if !dirty(off) {
+			if !marked(log, off) {
 				t.Errorf("%s is not marked", name)
 			}
 		}
-		if dirty(write.data) {
+		if marked(log, write.data) {
 			t.Error("memory that was not written is marked")
 		}
 	}

@@ -109,6 +109,8 @@ func (s *slot) prepare(c *virtq.Chain, t *mem.Table, dev *deviceView) (verdict, 
 		r.Op = block.OpWriteZeroes
 		return s.prepareDiscard(dev, readable, t)
 	}
+	// What the slot's last request wrote to is not this one's: see logRequest.
+	r.Segments = r.Segments[:0]
 	return answer, statusUnsup, nil
 }
 

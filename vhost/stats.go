@@ -24,6 +24,10 @@ type Stats struct {
 	// and not answered, and that were carried out when their ring started again.
 	Resubmitted uint64
 
+	// DirtyPages are the pages of guest memory that were marked for live migrations to
+	// copy again, counted each time.
+	DirtyPages uint64
+
 	// LastDisconnect is the reason of the last such end, with its time; empty if
 	// there was none.
 	LastDisconnect     string

@@ -17,7 +17,7 @@ type frontCollector struct {
 	nbd     *nbd.Server // nil: off
 	shm     *shm.Server // nil: off
 
-	latency, sessions, rings, disconnects, resubmitted, notes, polled, sleeps, nbdConns, nbdRefused, nbdOps *prometheus.Desc
+	latency, sessions, rings, disconnects, resubmitted, dirtyPages, notes, polled, sleeps, nbdConns, nbdRefused, nbdOps *prometheus.Desc
 
 	shmConns, shmRefused, shmMemory, shmSessions, shmRings, shmDisconnects, shmNotes *prometheus.Desc
 }
@@ -33,6 +33,7 @@ func newFrontCollector(w *worker.Set, v *vhostFront, n *nbd.Server, s *shm.Serve
 		rings:       desc("vhost_rings", "Started rings.", "volume"),
 		disconnects: desc("vhost_disconnects_total", "Connections ended for a fault.", "volume"),
 		resubmitted: desc("vhost_resubmitted_total", "Requests that an earlier connection or daemon had taken and not answered, carried out when the ring started again.", "volume"),
+		dirtyPages:  desc("vhost_dirty_log_pages_total", "Pages of guest memory marked for a live migration to copy again, counted each time.", "volume"),
 		notes:       desc("vhost_notifications_total", "Kicks taken from and calls sent to guests.", "volume", "kind"),
 		polled:      desc("vhost_worker_poll_seconds_total", "Time that worker threads polled in vain."),
 		sleeps:      desc("vhost_worker_sleeps_total", "Times that worker threads slept."),
@@ -53,7 +54,7 @@ func newFrontCollector(w *worker.Set, v *vhostFront, n *nbd.Server, s *shm.Serve
 
 // Describe implements prometheus.Collector.
 func (c *frontCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.latency, c.sessions, c.rings, c.disconnects, c.resubmitted, c.notes, c.polled, c.sleeps, c.nbdConns, c.nbdRefused, c.nbdOps,
+	for _, d := range []*prometheus.Desc{c.latency, c.sessions, c.rings, c.disconnects, c.resubmitted, c.dirtyPages, c.notes, c.polled, c.sleeps, c.nbdConns, c.nbdRefused, c.nbdOps,
 		c.shmConns, c.shmRefused, c.shmMemory, c.shmSessions, c.shmRings, c.shmDisconnects, c.shmNotes} {
 		ch <- d
 	}
@@ -72,6 +73,7 @@ func (c *frontCollector) Collect(ch chan<- prometheus.Metric) {
 		}
 		metric(c.disconnects, prometheus.CounterValue, float64(st.Disconnects), st.Name)
 		metric(c.resubmitted, prometheus.CounterValue, float64(st.Resubmitted), st.Name)
+		metric(c.dirtyPages, prometheus.CounterValue, float64(st.DirtyPages), st.Name)
 		metric(c.notes, prometheus.CounterValue, float64(st.Kicks), st.Name, "kick")
 		metric(c.notes, prometheus.CounterValue, float64(st.Calls), st.Name, "call")
 		for op := range st.Ops {
