@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -183,6 +184,19 @@ func (e *env) metrics() string {
 	body, err := io.ReadAll(resp.Body)
 	e.must(err)
 	return string(body)
+}
+
+// metric returns the value of a series, named with its labels; 0 if there is none.
+func (e *env) metric(series string) int {
+	e.Helper()
+	for line := range strings.Lines(e.metrics()) {
+		if v, ok := strings.CutPrefix(line, series+" "); ok {
+			n, err := strconv.ParseFloat(strings.TrimSpace(v), 64)
+			e.must(err)
+			return int(n)
+		}
+	}
+	return 0
 }
 
 // TestManyVolumes: volumes come and go while others are in use.

@@ -203,7 +203,7 @@ func (e *env) launch(o qemu.Options) *qemu.VM {
 func (e *env) endWith(vm *qemu.VM) {
 	e.Cleanup(func() {
 		if e.Failed() {
-			e.Logf("the guest's console ends:\n%s", vm.Console(40))
+			e.Logf("the guest's console ends:\n%s\nQEMU's output ends:\n%s", vm.Console(40), vm.Output(20))
 		}
 		_ = vm.Kill() // it may have ended, and its connections with it
 	})

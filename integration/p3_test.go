@@ -52,6 +52,8 @@ echo $n rounds of fio`
 type tortured struct {
 	Reads, Writes, Discards, Zeroes, Flushes uint64
 	Seconds                                  float64
+	Kept                                     uint64
+	KeptBegan, KeptEnded                     [2]uint64
 	PausesMs                                 []int64
 	LongestMs                                int64
 }
@@ -131,20 +133,29 @@ func TestP3KillUnderLoad(t *testing.T) {
 // indirect descriptors (each request takes one slot), then without them (a
 // request takes several, and the ring is full of chains).
 func TestP3KillFullRing(t *testing.T) {
-	for _, indirect := range []string{"on", "off"} {
-		t.Run("indirect_"+indirect, func(t *testing.T) {
+	for _, c := range []struct {
+		indirect string
+		maxKiB   int // of a request
+		full     int // requests that a full ring of 128 holds at least
+	}{
+		{"on", 256, 120},
+		{"off", 16, 20}, // four pages, header and status: at most six descriptors each
+	} {
+		t.Run("indirect_"+c.indirect, func(t *testing.T) {
 			e := start(t)
 			e.must(e.Create(e.ctx, "a", "256M"))
 			d := e.disk("a", 1)
 			// The ring must hold the largest request without an indirect table,
 			// else the guest's driver waits forever for room.
-			d.QueueSize, d.Options = 128, "indirect_desc="+indirect
+			d.QueueSize, d.Options = 128, "indirect_desc="+c.indirect
 			vm := e.boot(qemu.Options{Disks: []qemu.Disk{d}})
-			e.must(vm.Background(e.ctx, "torture", "torture -workers 160 -span-mib 1 -stop /tmp/stop -run 4m"))
+			e.must(vm.Background(e.ctx, "torture",
+				// Those who wait for another one's flush or discard have nothing in the ring.
+				fmt.Sprintf("torture -workers 160 -span-mib 1 -flush=false -discard=false -max-kib %d -stop /tmp/stop -run 4m", c.maxKiB)))
 			time.Sleep(time.Second)
 			e.kills(3, 1500*time.Millisecond, "a")
 			for range 3 {
-				e.freezeAndKill("a", vm)
+				e.freezeAndKill("a", vm, c.full)
 			}
 			e.guest(vm, "touch /tmp/stop")
 			e.tortureEnd(vm, "torture")
@@ -239,11 +250,17 @@ func (e *env) waitPiledUp(vm *qemu.VM) int {
 	return last
 }
 
-// freezeAndKill kills the daemon when the frozen ring has filled up.
-func (e *env) freezeAndKill(volume string, vm *qemu.VM) {
+// freezeAndKill kills the daemon when the frozen ring has filled up with at least
+// full requests.
+func (e *env) freezeAndKill(volume string, vm *qemu.VM, full int) {
 	e.Helper()
-	e.freeze()
-	e.waitPiledUp(vm)
+	e.poll("the ring to fill", func() (bool, error) {
+		e.freeze()
+		if e.waitPiledUp(vm) >= full {
+			return true, nil
+		}
+		return false, syscall.Kill(e.Process().PID(), syscall.SIGCONT) // the guest is busy with something else
+	})
 	e.must(e.Daemon.Kill())
 	e.restart()
 	e.attached(volume)

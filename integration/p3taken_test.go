@@ -1,8 +1,6 @@
 package integration
 
 import (
-	"regexp"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -37,13 +35,7 @@ func (e *env) held(volume string) {
 // in-flight areas.
 func (e *env) resubmitted(volume string) int {
 	e.Helper()
-	m := regexp.MustCompile(`(?m)^scoria_vhost_resubmitted_total\{volume="default/` + volume + `"\} (\d+)$`).FindStringSubmatch(e.metrics())
-	if m == nil {
-		return 0
-	}
-	n, err := strconv.Atoi(m[1])
-	e.must(err)
-	return n
+	return e.metric(`scoria_vhost_resubmitted_total{volume="default/` + volume + `"}`)
 }
 
 // TestP3KillBeforeAnyCompletion: the daemon dies when it has taken the first request

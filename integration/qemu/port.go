@@ -112,6 +112,21 @@ func (p *port) answered(number, code int) error {
 	return nil
 }
 
+// adopt goes on with the numbers of another port, of the same guest in another
+// machine before. All its jobs must have ended.
+func (p *port) adopt(from *port) error {
+	from.mu.Lock()
+	last, pending := from.last, len(from.pending)
+	from.mu.Unlock()
+	if pending > 0 {
+		return fmt.Errorf("job port: %d jobs have not ended", pending)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.last = last
+	return nil
+}
+
 func parseEnd(s string) (number, code int, err error) {
 	a, b, _ := strings.Cut(strings.TrimSpace(s), " ")
 	if number, err = strconv.Atoi(a); err == nil {

@@ -35,6 +35,8 @@ type Options struct {
 	Image      guest.Image // kernel and initramfs; empty: the BIOS boots from a disk
 	CPUs       int         // 0: 2
 	MemoryMiB  int         // 0: 512
+	MaxMiB     int         // of memory, with what is plugged in later; 0: none can be
+	Incoming   string      // a migration's address; the machine waits for one. Empty: it boots
 	ExtraArgs  []string
 	ExtraKArgs string // appended to the kernel's command line
 }
@@ -88,6 +90,13 @@ func Boot(ctx context.Context, o Options) (*VM, error) {
 	return vm, nil
 }
 
+// memoryRestKiB is added to a machine's memory. QEMU before 9.0 under TCG loses
+// writes of the guest during a migration, to whatever disk it has, or none: where it
+// collects the pages that were written to 64 at a time, it does not tell the
+// processors' TLBs (mended by "physmem: Fix migration dirty bitmap coherency with TCG
+// memory access"). Memory that is no multiple of 64 pages is looked at page by page.
+const memoryRestKiB = 8
+
 // Binary is the emulator's program name.
 const Binary = "qemu-system-x86_64"
 
@@ -98,11 +107,16 @@ func arguments(o Options, accel string) []string {
 	if o.MemoryMiB == 0 {
 		o.MemoryMiB = 512
 	}
+	memory := fmt.Sprintf("%dK", o.MemoryMiB<<10+memoryRestKiB)
+	backend := "memory-backend-memfd,id=mem,share=on,size=" + memory
+	if o.MaxMiB > 0 {
+		memory += fmt.Sprintf(",slots=4,maxmem=%dM", o.MaxMiB)
+	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none",
 		"-accel", accel, "-smp", strconv.Itoa(o.CPUs),
-		"-object", fmt.Sprintf("memory-backend-memfd,id=mem,size=%dM,share=on", o.MemoryMiB),
-		"-machine", "q35,memory-backend=mem", "-m", fmt.Sprintf("%dM", o.MemoryMiB),
+		"-object", backend,
+		"-machine", "q35,memory-backend=mem", "-m", memory,
 		"-qmp", "unix:" + filepath.Join(o.Dir, "qmp.sock") + ",server=on,wait=off",
 		"-serial", "file:" + filepath.Join(o.Dir, "console.log"),
 		"-chardev", "socket,id=jobs,server=on,wait=off,path=" + filepath.Join(o.Dir, "jobs.sock"),
@@ -129,6 +143,9 @@ func arguments(o Options, accel string) []string {
 	if o.Image.Kernel != "" {
 		args = append(args, "-kernel", o.Image.Kernel, "-initrd", o.Image.Initrd,
 			"-append", strings.TrimSpace("console=ttyS0 quiet panic=-1 mitigations=off "+o.ExtraKArgs))
+	}
+	if o.Incoming != "" {
+		args = append(args, "-incoming", o.Incoming)
 	}
 	return append(args, o.ExtraArgs...)
 }
@@ -208,6 +225,9 @@ func (vm *VM) Join(ctx context.Context, name string) (string, error) {
 func (vm *VM) Console(lines int) string {
 	return bed.Tail(filepath.Join(vm.dir, "console.log"), lines)
 }
+
+// Output returns the last lines of what QEMU itself has printed.
+func (vm *VM) Output(lines int) string { return bed.Tail(filepath.Join(vm.dir, "qemu.log"), lines) }
 
 // Complaints returns the lines of the kernel's log that tell of disk trouble.
 func (vm *VM) Complaints(ctx context.Context) ([]string, error) {

@@ -27,6 +27,10 @@ type config struct {
 	stop    string        // the run ends early when this file exists
 	seed    uint64
 	discard bool
+	flush   bool
+	maxIO   int           // bytes of one operation
+	keep    int           // bytes of memory to read into for later; 0: none
+	dirty   int           // bytes of memory to write to all the time; 0: none
 	pause   time.Duration // waits for one operation at least this long are listed
 }
 
@@ -34,6 +38,8 @@ type config struct {
 type report struct {
 	Reads, Writes, Discards, Zeroes, Flushes uint64
 	Bytes                                    uint64
+	Kept                                     uint64    // checks of clusters that were read long before
+	KeptBegan, KeptEnded                     [2]uint64 // lowest and highest physical address of the memory for them
 	Seconds                                  float64
 	PausesMs                                 []int64 // of worker 0, in order
 	LongestMs                                int64   // wait for one operation, any worker
@@ -48,9 +54,14 @@ func main() {
 	flag.StringVar(&c.stop, "stop", "", "end early when this file exists")
 	flag.Uint64Var(&c.seed, "seed", 1, "of the random operations")
 	flag.BoolVar(&c.discard, "discard", true, "also discard and write zeroes")
+	flag.BoolVar(&c.flush, "flush", true, "also flush")
+	maxKiB := flag.Int("max-kib", maxIO>>10, "KiB of the longest operation, at least 16")
+	keepMiB := flag.Int("keep-mib", 0, "MiB of memory that one more thread reads into, from behind the workers' parts, and checks much later")
+	dirtyMiB := flag.Int("dirty-mib", 0, "MiB of memory that one more thread writes to all the time, whether the disk is there or not")
 	flag.DurationVar(&c.pause, "pause", 200*time.Millisecond, "list waits at least this long")
 	flag.Parse()
-	c.span = *span << 20
+	c.span, c.maxIO, c.keep = *span<<20, *maxKiB<<10, *keepMiB<<20
+	c.dirty = *dirtyMiB << 20
 	r, err := torture(c)
 	out, jerr := json.Marshal(r)
 	fmt.Println(string(out))
@@ -69,20 +80,41 @@ func torture(c config) (report, error) {
 		}
 		workers[i] = w
 	}
+	var kept *keeper
+	if c.keep > 0 {
+		k, err := newKeeper(c)
+		if err != nil {
+			return report{}, err
+		}
+		kept = k
+	}
 	begin := time.Now()
 	failed := make(chan struct{})
 	var once sync.Once
 	var wg sync.WaitGroup
+	go soil(c.dirty)
+	work := func(w *worker, loop func(time.Time, <-chan struct{}) error) {
+		if w.err = loop(begin.Add(c.run), failed); w.err != nil {
+			once.Do(func() { close(failed) })
+		}
+	}
 	for _, w := range workers {
-		wg.Go(func() {
-			if w.err = w.loop(begin.Add(c.run), failed); w.err != nil {
-				once.Do(func() { close(failed) })
-			}
-		})
+		wg.Go(func() { work(w, w.loop) })
+	}
+	if kept != nil {
+		wg.Go(func() { work(kept.worker, kept.loop) })
 	}
 	wg.Wait()
 	var sum report
 	var errs []error
+	if kept != nil {
+		workers = append(workers, kept.worker)
+		sum.Kept, sum.KeptBegan = kept.checked, kept.began
+		var err error
+		if sum.KeptEnded, err = kept.addresses(); err != nil {
+			errs = append(errs, err)
+		}
+	}
 	for i, w := range workers {
 		sum.Reads += w.did.Reads
 		sum.Writes += w.did.Writes

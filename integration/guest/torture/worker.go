@@ -56,20 +56,13 @@ func (w *worker) loop(deadline time.Time, failed <-chan struct{}) error {
 	if err := w.timed(func() error { return w.zero(0, len(w.gen)) }); err != nil {
 		return err
 	}
-	for n := 0; time.Now().Before(deadline); n++ {
-		select {
-		case <-failed:
-			return nil
-		default:
-		}
-		if n%16 == 0 && w.cfg.stop != "" {
-			if _, err := os.Stat(w.cfg.stop); err == nil {
-				break
-			}
-		}
+	for n := 0; time.Now().Before(deadline) && !w.stopped(n, failed); n++ {
 		if err := w.timed(w.step); err != nil {
 			return err
 		}
+	}
+	if closed(failed) {
+		return nil
 	}
 	for at := 0; at < len(w.gen); at += maxIO / sectorBytes {
 		if err := w.timed(func() error { return w.read(at, min(maxIO/sectorBytes, len(w.gen)-at)) }); err != nil {
@@ -77,6 +70,25 @@ func (w *worker) loop(deadline time.Time, failed <-chan struct{}) error {
 		}
 	}
 	return nil
+}
+
+// stopped says before the n-th operation whether the stop file is there or another
+// worker has failed.
+func (w *worker) stopped(n int, failed <-chan struct{}) bool {
+	if closed(failed) || n%16 != 0 || w.cfg.stop == "" {
+		return closed(failed)
+	}
+	_, err := os.Stat(w.cfg.stop)
+	return err == nil
+}
+
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
 }
 
 // timed runs one operation and notes a long wait.
@@ -101,7 +113,7 @@ func (w *worker) step() error {
 	}
 	longest := 4
 	if w.rng.IntN(8) == 0 {
-		longest = maxIO / clusterBytes
+		longest = w.cfg.maxIO / clusterBytes
 	}
 	count := unit * (1 + w.rng.IntN(longest))
 	at := unit * w.rng.IntN((len(w.gen)-count)/unit+1)
@@ -114,6 +126,8 @@ func (w *worker) step() error {
 		return w.drop(at, count)
 	case kind < 95:
 		return w.zero(at, count)
+	case !w.cfg.flush:
+		return w.read(at, count)
 	default:
 		w.did.Flushes++
 		return w.f.Sync()
