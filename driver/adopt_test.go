@@ -71,9 +71,13 @@ func (r *rig) snapReads(id uuid.UUID, version uint64) {
 // know are there all the same, with all that was known of them, and so is a clone of
 // one; whether they are in the store yet or not.
 func TestP10SnapshotsThatNobodyNamesAreAdopted(t *testing.T) {
+	overStores(t, testP10SnapshotsThatNobodyNamesAreAdopted)
+}
+
+func testP10SnapshotsThatNobodyNamesAreAdopted(t *testing.T, k storeKind) {
 	for _, published := range []bool{false, true} {
 		t.Run(fmt.Sprintf("published=%v", published), func(t *testing.T) {
-			r, m := moodyRig(t, directory, rand.New(rand.NewPCG(5, 1)), 256, 8)
+			r, m := moodyRig(t, k, rand.New(rand.NewPCG(5, 1)), 256, 8)
 			m.fail.Store(!published)
 			ctx := context.Background()
 			snaps, versions := r.threeSnapshots()
@@ -125,9 +129,13 @@ func TestP10SnapshotsThatNobodyNamesAreAdopted(t *testing.T) {
 // that still names the snapshot does not bring it back, although the store could not
 // be told yet; nor does one that does not name it. Its space comes back.
 func TestDeletedSnapshotsDoNotComeBack(t *testing.T) {
+	overStores(t, testDeletedSnapshotsDoNotComeBack)
+}
+
+func testDeletedSnapshotsDoNotComeBack(t *testing.T, k storeKind) {
 	for _, old := range []bool{false, true} {
 		t.Run(fmt.Sprintf("named=%v", old), func(t *testing.T) {
-			r, m := moodyRig(t, directory, rand.New(rand.NewPCG(5, 2)), 256, 8)
+			r, m := moodyRig(t, k, rand.New(rand.NewPCG(5, 2)), 256, 8)
 			snaps, versions := r.threeSnapshots()
 			r.must(r.write(0, 64, 0))
 			r.settleStore()
@@ -172,13 +180,16 @@ func TestDeletedSnapshotsDoNotComeBack(t *testing.T) {
 // TestP5AnUnknownDamagedSnapshotIsKept: a root that nobody names and that can't be
 // read is reported and stays; its number is not used for anything else.
 func TestP5AnUnknownDamagedSnapshotIsKept(t *testing.T) {
-	r := newRig(t, rand.New(rand.NewPCG(5, 3)), 256, 8)
+	overStores(t, testP5AnUnknownDamagedSnapshotIsKept)
+}
+
+func testP5AnUnknownDamagedSnapshotIsKept(t *testing.T, k storeKind) {
+	r := newRig(t, k, rand.New(rand.NewPCG(5, 3)), 256, 8)
 	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 	r.create()
 	snaps, versions := r.threeSnapshots()
 	r.settleStore()
-	name := fmt.Sprintf("data/store/%s/objects/snap-%016x", r.cfg.ID, snaps[1].Sequence)
-	r.must(r.fs.Corrupt(name, 100))
+	r.damage(fmt.Sprintf("snap-%016x", snaps[1].Sequence), 100)
 	r.kill().reopen()
 	if got := r.snapNames(); !slices.Equal(got, []string{"0", "2"}) || !r.has("damaged-snapshot") {
 		t.Fatalf("snapshots %q, conditions %+v", got, r.vol.Stats().Conditions)
@@ -198,8 +209,8 @@ func TestP5AnUnknownDamagedSnapshotIsKept(t *testing.T) {
 // name, it is gone, also when the power fails then, and the next one has a number of
 // its own.
 func TestASnapshotThatFailedIsNotAdopted(t *testing.T) {
-	forSeeds(t, raced(20, 5), func(t *testing.T, rng *rand.Rand) {
-		r := newRig(t, rng, 256, 8).create()
+	forStores(t, raced(20, 5), 1, func(t *testing.T, k storeKind, rng *rand.Rand) {
+		r := newRig(t, k, rng, 256, 8).create()
 		ctx := context.Background()
 		r.must(r.write(0, 64, 0))
 		full := errors.New("the disk is full")

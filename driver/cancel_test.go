@@ -12,8 +12,10 @@ import (
 
 // TestP8CancelFlushOnFullDisk: a flush that waits for room on the disk ends when
 // its owner gives up, so that a dead front end's session can end too.
-func TestP8CancelFlushOnFullDisk(t *testing.T) {
-	w := newWorld(t, directory, rand.New(rand.NewPCG(1, 2)), 4<<20, 1<<20, 6<<20)
+func TestP8CancelFlushOnFullDisk(t *testing.T) { overStores(t, testP8CancelFlushOnFullDisk) }
+
+func testP8CancelFlushOnFullDisk(t *testing.T, k storeKind) {
+	w := newWorld(t, k, rand.New(rand.NewPCG(1, 2)), 4<<20, 1<<20, 6<<20)
 	w.fs.SetCapacity(w.fs.Used() + 64<<10)
 	if err := w.write(0, 64*cluster, false); err != nil {
 		t.Fatal(err)

@@ -28,8 +28,12 @@ func (r *rig) stored(prefix string) []string {
 // daemon's death, kept from the store gets there when the volume is open again,
 // without another write; the store alone has the volume then.
 func TestP10RootOfACleanStopReachesTheStore(t *testing.T) {
+	overStores(t, testP10RootOfACleanStopReachesTheStore)
+}
+
+func testP10RootOfACleanStopReachesTheStore(t *testing.T, k storeKind) {
 	for _, clean := range []bool{true, false} {
-		r := newRig(t, rand.New(rand.NewPCG(3, 1)), 2048, 8).create()
+		r := newRig(t, k, rand.New(rand.NewPCG(3, 1)), 2048, 8).create()
 		for range 4 {
 			r.must(r.write(0, 512, 0)) // leaves dead SCOs behind
 		}
@@ -61,7 +65,11 @@ func TestP10RootOfACleanStopReachesTheStore(t *testing.T) {
 // TestCloseOfAnUnchangedVolumeWritesNothing: stopping a thousand idle volumes must
 // not cost a thousand checkpoints.
 func TestCloseOfAnUnchangedVolumeWritesNothing(t *testing.T) {
-	r := newStillRig(t, rand.New(rand.NewPCG(3, 2)), 1024, 8).create()
+	overStores(t, testCloseOfAnUnchangedVolumeWritesNothing)
+}
+
+func testCloseOfAnUnchangedVolumeWritesNothing(t *testing.T, k storeKind) {
+	r := newStillRig(t, k, rand.New(rand.NewPCG(3, 2)), 1024, 8).create()
 	r.close() // never written to
 	if names := r.mapFiles(); len(names) > 0 {
 		t.Fatalf("closing an empty volume wrote %q", names)

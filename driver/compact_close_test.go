@@ -14,8 +14,12 @@ import (
 // the store hangs with a compacted SCO of the housekeeping's; it does not wait for the
 // put's own deadline. Nothing is lost, and the next opening goes on.
 func TestP8HangingPutOfACompactedSCODoesNotHoldUpTheEnd(t *testing.T) {
+	overStores(t, testP8HangingPutOfACompactedSCODoesNotHoldUpTheEnd)
+}
+
+func testP8HangingPutOfACompactedSCODoesNotHoldUpTheEnd(t *testing.T, k storeKind) {
 	s := &liar{}
-	r := newStillRig(t, rand.New(rand.NewPCG(9, 7)), 1024, 8)
+	r := newStillRig(t, k, rand.New(rand.NewPCG(9, 7)), 1024, 8)
 	r.wrap = func(inner driver.Store) driver.Store {
 		s.Store = copies{inner}
 		return s

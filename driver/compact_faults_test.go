@@ -22,7 +22,9 @@ func isGeneration(name string) bool {
 // TestP8CompactionAndTheStore: a store that does not take a compacted SCO, hangs, does
 // not give it back, gives back something else or does not delete the old one costs
 // nothing but space, until it works again.
-func TestP8CompactionAndTheStore(t *testing.T) {
+func TestP8CompactionAndTheStore(t *testing.T) { overStores(t, testP8CompactionAndTheStore) }
+
+func testP8CompactionAndTheStore(t *testing.T, k storeKind) {
 	type trouble struct {
 		what string
 		set  func(s *liar, give func())
@@ -60,7 +62,7 @@ func TestP8CompactionAndTheStore(t *testing.T) {
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			s := &liar{}
-			r := newStillRig(t, rand.New(rand.NewPCG(9, 1)), 1024, 8)
+			r := newStillRig(t, k, rand.New(rand.NewPCG(9, 1)), 1024, 8)
 			r.wrap = func(inner driver.Store) driver.Store {
 				s.Store = copies{inner}
 				return s
@@ -121,10 +123,12 @@ func (l *liar) ReadAt(ctx context.Context, ns, name string, p []byte, off int64)
 
 // TestP8CompactionAndTheDisk: a disk that is full, or fails a write or a sync of the new
 // file, keeps the SCO as it was; flushes go on.
-func TestP8CompactionAndTheDisk(t *testing.T) {
+func TestP8CompactionAndTheDisk(t *testing.T) { overStores(t, testP8CompactionAndTheDisk) }
+
+func testP8CompactionAndTheDisk(t *testing.T, k storeKind) {
 	for _, op := range []vfs.Op{vfs.OpWrite, vfs.OpSync, vfs.OpOpen} {
 		t.Run(fmt.Sprint(op), func(t *testing.T) {
-			r := newStillRig(t, rand.New(rand.NewPCG(10, 1)), 1024, 8).create()
+			r := newStillRig(t, k, rand.New(rand.NewPCG(10, 1)), 1024, 8).create()
 			snaps := garbled(r)
 			before := r.stored("sco-")
 			r.fs.SetHook(func(o vfs.Op, name string) error {
@@ -162,38 +166,34 @@ func TestP8CompactionAndTheDisk(t *testing.T) {
 
 // TestCheckFindsWrongCompaction: a compacted SCO that is damaged anywhere, in one copy,
 // or that lacks what a snapshot reaches, is reported; and never reads as another.
-func TestCheckFindsWrongCompaction(t *testing.T) {
+func TestCheckFindsWrongCompaction(t *testing.T) { overStores(t, testCheckFindsWrongCompaction) }
+
+func testCheckFindsWrongCompaction(t *testing.T, k storeKind) {
 	ctx := context.Background()
-	r := newStillRig(t, rand.New(rand.NewPCG(11, 1)), 1024, 8)
+	r := newStillRig(t, k, rand.New(rand.NewPCG(11, 1)), 1024, 8)
 	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 	r.create()
 	garbled(r)
 	r.exact()
 	name := r.compactedSCOs()[0]
 	r.close()
-	dir := "data/volumes/" + r.cfg.ID.String() + "/sco/"
-	files := []string{dir + strings.TrimPrefix(name, "sco-") + ".sco"}
-	for _, s := range r.spots() {
-		if strings.HasSuffix(s.file, "/"+name) {
-			files = append(files, s.file)
-			break
-		}
-	}
-	if len(files) != 2 {
-		t.Fatalf("copies of %s: %v", name, files)
-	}
-	for _, file := range files {
-		info, err := r.fs.Stat(file)
-		r.must(err)
-		for _, s := range r.scoSpots(file, info.Size()) {
-			r.must(r.fs.Corrupt(s.file, s.off))
-			r.reopen()
+	file := "data/volumes/" + r.cfg.ID.String() + "/sco/" + strings.TrimPrefix(name, "sco-") + ".sco"
+	info, err := r.fs.Stat(file)
+	r.must(err)
+	for _, s := range r.scoSpots(file, info.Size()) {
+		for what, flip := range map[string]func(){
+			"the local copy": func() { r.must(r.fs.Corrupt(s.file, s.off)) },
+			"the store's":    func() { r.damage(name, s.off) },
+		} {
+			r.start()
+			flip()
+			r.mustOpen()
 			rep, err := r.vol.Check(ctx, nil)
 			if err != nil || len(rep.Problems) == 0 {
-				t.Errorf("%s of %s is damaged: %v %q", s.what, s.file, err, rep.Problems)
+				t.Errorf("%s of %s of %s is damaged: %v %q", s.what, what, name, err, rep.Problems)
 			}
+			flip() // back
 			r.close()
-			r.must(r.fs.Corrupt(s.file, s.off)) // it flips the bits back
 		}
 	}
 	r.reopen()
@@ -202,9 +202,11 @@ func TestCheckFindsWrongCompaction(t *testing.T) {
 }
 
 // TestCheckFindsWhatWasNotKept: see there.
-func TestCheckFindsWhatWasNotKept(t *testing.T) {
+func TestCheckFindsWhatWasNotKept(t *testing.T) { overStores(t, testCheckFindsWhatWasNotKept) }
+
+func testCheckFindsWhatWasNotKept(t *testing.T, k storeKind) {
 	ctx := context.Background()
-	r := newStillRig(t, rand.New(rand.NewPCG(12, 1)), 1024, 8).create()
+	r := newStillRig(t, k, rand.New(rand.NewPCG(12, 1)), 1024, 8).create()
 	snaps := garbled(r)
 	lost, err := r.vol.CompactWrongly(ctx)
 	r.must(err)
@@ -240,8 +242,10 @@ func TestCheckFindsWhatWasNotKept(t *testing.T) {
 
 // TestCompactedSCOLost: the generation that counts is gone; the one before it, which a
 // crash kept from being deleted, takes its place.
-func TestCompactedSCOLost(t *testing.T) {
-	r := newStillRig(t, rand.New(rand.NewPCG(13, 1)), 1024, 8)
+func TestCompactedSCOLost(t *testing.T) { overStores(t, testCompactedSCOLost) }
+
+func testCompactedSCOLost(t *testing.T, k storeKind) {
+	r := newStillRig(t, k, rand.New(rand.NewPCG(13, 1)), 1024, 8)
 	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 	r.create()
 	ctx := context.Background()
@@ -270,8 +274,12 @@ func TestCompactedSCOLost(t *testing.T) {
 // TestP2CompactedBehindTheCheckpoint: with only a root from before them, compacted SCOs
 // can't be replayed: the volume is refused, not opened with less than it had.
 func TestP2CompactedBehindTheCheckpoint(t *testing.T) {
+	overStores(t, testP2CompactedBehindTheCheckpoint)
+}
+
+func testP2CompactedBehindTheCheckpoint(t *testing.T, k storeKind) {
 	ctx := context.Background()
-	r := newStillRig(t, rand.New(rand.NewPCG(14, 1)), 1024, 8)
+	r := newStillRig(t, k, rand.New(rand.NewPCG(14, 1)), 1024, 8)
 	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 	r.create()
 	r.must(r.write(0, 5, 0))

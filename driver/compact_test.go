@@ -199,11 +199,13 @@ func (r *rig) comesBack(after string, snaps []kept) {
 // volume's or of its store's, while SCOs are compacted, the root that says so is written
 // and published, and the old ones are deleted. The volume and its snapshots read as
 // before, and when all is done no object too many is left.
-func TestP2CompactionCrashAtEveryStep(t *testing.T) {
+func TestP2CompactionCrashAtEveryStep(t *testing.T) { overStores(t, testP2CompactionCrashAtEveryStep) }
+
+func testP2CompactionCrashAtEveryStep(t *testing.T, k storeKind) {
 	if testing.Short() {
 		t.Skip("long")
 	}
-	r := newStillRig(t, rand.New(rand.NewPCG(5, 1)), 256, 4)
+	r := newStillRig(t, k, rand.New(rand.NewPCG(5, 1)), 256, 4)
 	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 	r.create()
 	snaps := garbled(r)
@@ -231,7 +233,7 @@ func TestP2CompactionCrashAtEveryStep(t *testing.T) {
 	r.exact()
 	r.close()
 	history := r.history
-	for i := 0; i < len(moments); i += raced(1, 5) {
+	for i := 0; i < len(moments); i += k.fewer(raced(1, 5), raced(25, 80)) {
 		r.history = append([][]*effect(nil), history...)
 		r.fs = moments[i].fs
 		r.boot++
@@ -241,11 +243,15 @@ func TestP2CompactionCrashAtEveryStep(t *testing.T) {
 
 // TestP3CompactionKilledAtEveryStep: likewise for the daemon's death.
 func TestP3CompactionKilledAtEveryStep(t *testing.T) {
+	overStores(t, testP3CompactionKilledAtEveryStep)
+}
+
+func testP3CompactionKilledAtEveryStep(t *testing.T, k storeKind) {
 	if testing.Short() {
 		t.Skip("long")
 	}
-	for call := 1; ; call += raced(9, 47) {
-		r := newStillRig(t, rand.New(rand.NewPCG(uint64(call), 9)), 256, 4)
+	for call := 1; ; call += k.fewer(raced(9, 47), raced(91, 307)) {
+		r := newStillRig(t, k, rand.New(rand.NewPCG(uint64(call), 9)), 256, 4)
 		r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 		r.create()
 		snaps := garbled(r)
@@ -276,8 +282,12 @@ func TestP3CompactionKilledAtEveryStep(t *testing.T) {
 // TestP10CompactedFromTheStoreAlone: with the local disk lost, the store has the volume
 // and its snapshots, whether or not the root that names the compacted SCOs got there.
 func TestP10CompactedFromTheStoreAlone(t *testing.T) {
+	overStores(t, testP10CompactedFromTheStoreAlone)
+}
+
+func testP10CompactedFromTheStoreAlone(t *testing.T, k storeKind) {
 	for _, published := range []bool{false, true} {
-		r := newStillRig(t, rand.New(rand.NewPCG(6, 1)), 1024, 8)
+		r := newStillRig(t, k, rand.New(rand.NewPCG(6, 1)), 1024, 8)
 		r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 		r.create()
 		ctx := context.Background()
@@ -307,8 +317,10 @@ func TestP10CompactedFromTheStoreAlone(t *testing.T) {
 
 // TestCompactionAgain: deleting a snapshot leaves garbage in what was compacted for it,
 // which is compacted once more, or relocated if no snapshot is left.
-func TestCompactionAgain(t *testing.T) {
-	r := newStillRig(t, rand.New(rand.NewPCG(7, 1)), 1024, 8).create()
+func TestCompactionAgain(t *testing.T) { overStores(t, testCompactionAgain) }
+
+func testCompactionAgain(t *testing.T, k storeKind) {
+	r := newStillRig(t, k, rand.New(rand.NewPCG(7, 1)), 1024, 8).create()
 	snaps := garbled(r)
 	r.exact()
 	first := len(r.compactedSCOs())
@@ -338,8 +350,10 @@ func TestCompactionAgain(t *testing.T) {
 
 // TestP5ReadersOfWhatIsCompacted: a view, a clone and the volume are read all the time
 // while the SCOs under them are compacted, put, deleted, and evicted.
-func TestP5ReadersOfWhatIsCompacted(t *testing.T) {
-	r := newRig(t, rand.New(rand.NewPCG(8, 1)), 1024, 8)
+func TestP5ReadersOfWhatIsCompacted(t *testing.T) { overStores(t, testP5ReadersOfWhatIsCompacted) }
+
+func testP5ReadersOfWhatIsCompacted(t *testing.T, k storeKind) {
+	r := newRig(t, k, rand.New(rand.NewPCG(8, 1)), 1024, 8)
 	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 	r.create()
 	ctx := context.Background()
@@ -368,7 +382,7 @@ func TestP5ReadersOfWhatIsCompacted(t *testing.T) {
 		return r.flush()
 	})
 	before := r.vol.Stats().CompactedBytes
-	for round := range uint64(raced(12, 4)) {
+	for round := range uint64(k.fewer(raced(12, 4), 3)) {
 		var old []kept
 		for k := range uint64(3) { // each pins a little of a full volume
 			for at := uint64(0); at < 1024; at += 64 {

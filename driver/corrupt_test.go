@@ -126,100 +126,121 @@ func (r *rig) grow() {
 	}
 }
 
-// TestP5Damage flips a bit in each part of everything stored. Reads then give
-// the right data or fail, never anything else; what has a second copy is read
-// from that; the check names the damage.
-func TestP5Damage(t *testing.T) {
+// rot is one of everything stored that is damaged, in a volume that was closed.
+type rot struct {
+	*rig
+	healthy *vfs.Mem
+}
+
+// newRot makes such a volume in a store, which takes the volume's own files where it can.
+func newRot(t *testing.T, k storeKind, linked bool) *rot {
+	t.Helper()
+	r := newRig(t, k, rand.New(rand.NewPCG(4, 4)), 1500, 8)
+	if !linked {
+		r.wrap = func(s driver.Store) driver.Store { return copies{s} }
+	}
+	r.create()
+	r.grow()
+	r.close()
+	return &rot{r, r.fs}
+}
+
+// each runs fn for the spots, of which only every so manieth, on a copy of the volume's
+// files that is not open.
+func (r *rot) each(every int, spots []spot, fn func(t *testing.T, s spot)) {
+	for i, s := range spots {
+		if i%every != 0 {
+			continue
+		}
+		outer := r.t
+		outer.Run(s.what+" of "+s.file[strings.LastIndex(s.file, "/")+1:], func(t *testing.T) {
+			r.t = t
+			r.fs = r.healthy.CrashClone(r.rng)
+			r.boot++
+			fn(t, s)
+		})
+		r.t = outer
+	}
+}
+
+// corrupt damages a spot, which may be gone.
+func (r *rot) corrupt(s spot) {
+	r.t.Helper()
+	if err := r.fs.Corrupt(s.file, s.off); errors.Is(err, fs.ErrNotExist) {
+		r.t.Skip("was removed")
+	} else {
+		r.must(err)
+	}
+}
+
+// gone reports whether a spot is there no more. The root of a stop is published after the
+// opening, and what it does not need goes: with it, perhaps, the damage.
+func (r *rot) gone(s spot) bool {
+	_, err := r.fs.Stat(s.file)
+	return errors.Is(err, fs.ErrNotExist)
+}
+
+// TestP5Damage flips a bit in each part of everything that the volume and a directory
+// store have in files. Reads then give the right data or fail, never anything else; what
+// has a second copy is read from that; the check names the damage.
+func TestP5Damage(t *testing.T) { overStores(t, testP5Damage) }
+
+func testP5Damage(t *testing.T, k storeKind) {
 	for _, linked := range []bool{false, true} {
+		if linked && k.name != directory.name {
+			continue // fragments are never linked; see TestP5OneCopy
+		}
 		t.Run(fmt.Sprintf("linked=%v", linked), func(t *testing.T) {
-			r := newRig(t, rand.New(rand.NewPCG(4, 4)), 1500, 8)
-			if !linked {
-				r.wrap = func(s driver.Store) driver.Store { return copies{s} }
-			}
-			r.create()
-			r.grow()
-			r.close()
-			healthy := r.fs
-			spots := r.spots()
-			for i, s := range spots {
-				if raceEnabled && i%11 != 0 {
-					continue
+			r := newRot(t, k, linked)
+			r.each(raced(1, 11)*k.fewer(1, 3), r.spots(), func(t *testing.T, s spot) {
+				r.corrupt(s)
+				r.start()
+				defer func() { r.eng.Abandon() }()
+				if err := r.tryOpen(); err != nil {
+					if !isDamage(err) {
+						t.Fatalf("%+v: open: %v", s, err)
+					}
+					if !linked {
+						t.Fatalf("%+v: open fails although there is a second copy: %v", s, err)
+					}
+					return
 				}
-				t.Run(s.what+" of "+s.file[strings.LastIndex(s.file, "/")+1:], func(t *testing.T) {
-					r.t = t
-					r.fs = healthy.CrashClone(r.rng)
-					if err := r.fs.Corrupt(s.file, s.off); err != nil {
-						if errors.Is(err, fs.ErrNotExist) {
-							t.Skip("was removed")
-						}
-						t.Fatal(err)
-					}
-					r.boot++
-					r.start()
-					defer func() { r.eng.Abandon() }()
-					if err := r.tryOpen(); err != nil {
-						if !isDamage(err) {
-							t.Fatalf("%+v: open: %v", s, err)
-						}
-						if !linked {
-							t.Fatalf("%+v: open fails although there is a second copy: %v", s, err)
-						}
-						return
-					}
-					failed := r.readDamaged(s)
-					counted := r.vol.Stats().ChecksumErrors
-					if failed > 0 && !linked {
-						t.Errorf("%+v: %d clusters can't be read although there is a second copy", s, failed)
-					}
-					if failed > 0 && counted == 0 {
-						t.Errorf("%+v: %d reads failed, nothing was counted", s, failed)
-					}
-					rep, err := r.vol.Check(context.Background(), nil)
-					if err != nil {
-						t.Fatalf("%+v: check: %v", s, err)
-					}
-					// The root of the stop is published after the opening, and what it
-					// does not need goes: with it, perhaps, the damage.
-					_, statErr := r.fs.Stat(s.file)
-					if len(rep.Problems) == 0 && counted == 0 && !errors.Is(statErr, fs.ErrNotExist) {
-						t.Errorf("%+v: neither counted by reads nor found by the check", s)
-					}
-				})
-			}
+				failed := r.readDamaged(s)
+				counted := r.vol.Stats().ChecksumErrors
+				if failed > 0 && !linked {
+					t.Errorf("%+v: %d clusters can't be read although there is a second copy", s, failed)
+				}
+				if failed > 0 && counted == 0 {
+					t.Errorf("%+v: %d reads failed, nothing was counted", s, failed)
+				}
+				rep, err := r.vol.Check(context.Background(), nil)
+				if err != nil {
+					t.Fatalf("%+v: check: %v", s, err)
+				}
+				if len(rep.Problems) == 0 && counted == 0 && !r.gone(s) {
+					t.Errorf("%+v: neither counted by reads nor found by the check", s)
+				}
+			})
 		})
 	}
 }
 
 // TestP5Check: the check by itself finds damage of every part of what is stored.
-func TestP5Check(t *testing.T) {
-	r := newRig(t, rand.New(rand.NewPCG(5, 5)), 1500, 8)
-	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
-	r.create()
-	r.grow()
-	r.close()
-	healthy := r.fs
-	for i, s := range r.spots() {
-		if raceEnabled && i%11 != 0 {
-			continue
+func TestP5Check(t *testing.T) { overStores(t, testP5Check) }
+
+func testP5Check(t *testing.T, k storeKind) {
+	r := newRot(t, k, false)
+	r.each(raced(1, 11)*k.fewer(1, 3), r.spots(), func(t *testing.T, s spot) {
+		r.start()
+		defer func() { r.eng.Abandon() }()
+		r.mustOpen()
+		r.corrupt(s)
+		rep, err := r.vol.Check(context.Background(), nil)
+		if err != nil {
+			t.Fatalf("%+v: check: %v", s, err)
 		}
-		t.Run(s.what+" of "+s.file[strings.LastIndex(s.file, "/")+1:], func(t *testing.T) {
-			r.t = t
-			r.fs = healthy.CrashClone(r.rng)
-			r.boot++
-			r.start()
-			defer func() { r.eng.Abandon() }()
-			r.mustOpen()
-			if err := r.fs.Corrupt(s.file, s.off); err != nil {
-				t.Skip(err)
-			}
-			rep, err := r.vol.Check(context.Background(), nil)
-			if err != nil {
-				t.Fatalf("%+v: check: %v", s, err)
-			}
-			_, statErr := r.fs.Stat(s.file) // as above: it may have gone for good
-			if len(rep.Problems) == 0 && !errors.Is(statErr, fs.ErrNotExist) {
-				t.Errorf("%+v: the check does not find it", s)
-			}
-		})
-	}
+		if len(rep.Problems) == 0 && !r.gone(s) {
+			t.Errorf("%+v: the check does not find it", s)
+		}
+	})
 }

@@ -44,7 +44,7 @@ func testP3KillAtEveryCall(t *testing.T, k storeKind) {
 	}
 	for call := 1; ; call += k.fewer(raced(1, 7), raced(19, 61)) {
 		rng := rand.New(rand.NewPCG(uint64(call), 9))
-		r := newRig(t, rng, 256, 4).over(k).create()
+		r := newRig(t, k, rng, 256, 4).create()
 		tr := r.setTrap(call, r.killClone)
 		ended := make(chan struct{})
 		var err error
@@ -95,7 +95,7 @@ func testP2PowerLossWhileSealing(t *testing.T, k storeKind) {
 	for _, name := range names[:k.fewer(len(names), raced(3, 1))] {
 		t.Run(name, func(t *testing.T) {
 			rng := rand.New(rand.NewPCG(seed, 1))
-			r := newRig(t, rng, 1024, 8).over(k).create()
+			r := newRig(t, k, rng, 1024, 8).create()
 			if name == "many records" { // a SCO full of clusters and of records
 				for i := range uint64(4) {
 					r.must(r.write(i*200, 200, 0))
@@ -168,7 +168,7 @@ func testP1P2PowerLossInSmallFlushes(t *testing.T, k storeKind) {
 	seed := rand.Uint64()
 	t.Logf("SCORIA_SEED=%d", seed)
 	rng := rand.New(rand.NewPCG(seed, 2))
-	r := newRig(t, rng, 256, 4).over(k).create()
+	r := newRig(t, k, rng, 256, 4).create()
 	var mu sync.Mutex
 	var moments []moment
 	fsys := r.fs

@@ -158,7 +158,7 @@ func (r *rig) dieWhileOpening() bool {
 // killed while it recovers, and survives a later flush and loss of power.
 func TestP3KillWhileWriting(t *testing.T) {
 	forStores(t, raced(12, 3), raced(3, 1), func(t *testing.T, k storeKind, rng *rand.Rand) {
-		r := newRig(t, rng, 1024, int64(4+4*rng.IntN(3))).over(k).create()
+		r := newRig(t, k, rng, 1024, int64(4+4*rng.IntN(3))).create()
 		for range k.fewer(8, raced(8, 3)) {
 			at := r.dieWhileWorking(false)
 			open := false
@@ -189,7 +189,7 @@ func TestP3KillWhileWriting(t *testing.T) {
 // newer flushed one.
 func TestP2PowerLossWhileWriting(t *testing.T) {
 	forStores(t, raced(12, 3), raced(3, 1), func(t *testing.T, k storeKind, rng *rand.Rand) {
-		r := newRig(t, rng, 1024, int64(4+4*rng.IntN(3))).over(k).create()
+		r := newRig(t, k, rng, 1024, int64(4+4*rng.IntN(3))).create()
 		for range 8 {
 			at := r.dieWhileWorking(true)
 			flushed := r.flushedBefore(at)
@@ -205,7 +205,7 @@ func TestP2PowerLossWhileWriting(t *testing.T) {
 // writers wait and nothing that was answered is lost by a kill.
 func TestP3PoolFull(t *testing.T) {
 	forStores(t, raced(4, 1), 1, func(t *testing.T, k storeKind, rng *rand.Rand) {
-		r := newRig(t, rng, 4096, 4).over(k).create()
+		r := newRig(t, k, rng, 4096, 4).create()
 		for range 4 {
 			r.fs.SetHook(func(op vfs.Op, _ string) error {
 				if op == vfs.OpWrite {

@@ -17,7 +17,7 @@ import (
 // nothing, neither for reads nor for the next daemon.
 func TestP8FailedVolumeDoesNotStarveOthers(t *testing.T) {
 	forStores(t, raced(3, 1), 1, func(t *testing.T, k storeKind, rng *rand.Rand) {
-		r := newRig(t, rng, 4096, 8).over(k).create()
+		r := newRig(t, k, rng, 4096, 8).create()
 		other := r.second("default/other")
 		r.must(r.write(0, 10, 0))
 		r.must(r.flush())

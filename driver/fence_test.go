@@ -43,7 +43,7 @@ func TestP4StaleOwner(t *testing.T) { overStores(t, testP4StaleOwner) }
 func testP4StaleOwner(t *testing.T, k storeKind) {
 	ctx := context.Background()
 	prepare := func(t *testing.T) *rig {
-		r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 8).over(k).create()
+		r := newStillRig(t, k, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
 		r.must(r.write(0, 600, 0))
 		r.must(r.vol.Checkpoint(ctx))
 		r.vol.WaitSealed()

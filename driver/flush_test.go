@@ -46,8 +46,8 @@ func (r *rig) failSyncs(times int64) *atomic.Int64 {
 // followed by one that succeeds, the volume takes no more writes and says so,
 // and the engine's other volumes go on.
 func TestP1FailedSyncIsFinal(t *testing.T) {
-	forSeeds(t, 3, func(t *testing.T, rng *rand.Rand) {
-		r := newRig(t, rng, 1024, 8).create()
+	forStores(t, 3, 1, func(t *testing.T, k storeKind, rng *rand.Rand) {
+		r := newRig(t, k, rng, 1024, 8).create()
 		other := r.second("default/other")
 		r.must(r.write(0, 10, 0))
 		r.must(r.flush())
@@ -102,8 +102,8 @@ func TestP1FailedSyncIsFinal(t *testing.T) {
 // written again by the next daemon before it acknowledges a flush, also what is
 // no longer in the write buffer.
 func TestP1FailedSyncOutlivesTheDaemon(t *testing.T) {
-	forSeeds(t, raced(8, 2), func(t *testing.T, rng *rand.Rand) {
-		r := newRig(t, rng, 4096, 4).create()
+	forStores(t, raced(8, 2), 1, func(t *testing.T, k storeKind, rng *rand.Rand) {
+		r := newRig(t, k, rng, 4096, 4).create()
 		r.cfg.SCOBytes = 8 << 20 // so that a SCO is larger than the buffer
 		r.close()
 		r.reopen()
@@ -132,8 +132,8 @@ func TestP1FailedSyncOutlivesTheDaemon(t *testing.T) {
 
 // TestP1FUA: a write with FUA survives a loss of power by itself.
 func TestP1FUA(t *testing.T) {
-	forSeeds(t, 5, func(t *testing.T, rng *rand.Rand) {
-		r := newRig(t, rng, 512, 4).create()
+	forStores(t, 5, 1, func(t *testing.T, k storeKind, rng *rand.Rand) {
+		r := newRig(t, k, rng, 512, 4).create()
 		for range 5 {
 			for range 20 {
 				first, n := span(rng, 0, 512, 20)
@@ -149,8 +149,10 @@ func TestP1FUA(t *testing.T) {
 
 // TestP1FlushesShareSyncs: flushes that wait at the same time are served by one
 // sync, and a flush with nothing to do costs none.
-func TestP1FlushesShareSyncs(t *testing.T) {
-	r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
+func TestP1FlushesShareSyncs(t *testing.T) { overStores(t, testP1FlushesShareSyncs) }
+
+func testP1FlushesShareSyncs(t *testing.T, k storeKind) {
+	r := newStillRig(t, k, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
 	r.must(r.write(0, 1, 0))
 	r.must(r.flush())
 	var syncs atomic.Int64

@@ -18,7 +18,7 @@ const goldenCompacted = "testdata/datadir-3.tar.gz"
 // goldenCompaction makes a volume with a snapshot, SCOs that were compacted and
 // published, and others that were compacted and are named by no root yet.
 func goldenCompaction(t *testing.T) {
-	r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
+	r := newStillRig(t, directory, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
 	ctx := context.Background()
 	g := &goldenVolume{ID: r.cfg.ID, Size: r.cfg.Size, Lines: map[string]map[uint64]string{"": {}}}
 	for i, name := range []string{"one", "two"} {
@@ -48,7 +48,9 @@ func goldenCompaction(t *testing.T) {
 // TestGoldenCompactedVolume: a data directory with compacted SCOs, of which some roots
 // know and some don't, as an earlier version left it when the power went, opens and
 // reads back.
-func TestGoldenCompactedVolume(t *testing.T) {
+func TestGoldenCompactedVolume(t *testing.T) { overStores(t, testGoldenCompactedVolume) }
+
+func testGoldenCompactedVolume(t *testing.T, k storeKind) {
 	// What an earlier version wrote is not written anew.
 	if _, err := os.Stat(goldenCompacted); *driver.UpdateGolden && err != nil {
 		goldenCompaction(t)
@@ -60,8 +62,8 @@ func TestGoldenCompactedVolume(t *testing.T) {
 	if len(packed) > 64<<10 {
 		t.Errorf("%s has %d bytes", goldenCompacted, len(packed))
 	}
-	r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 8)
-	unpackFiles(t, r.fs, packed)
+	r := newStillRig(t, k, rand.New(rand.NewPCG(1, 1)), 1024, 8)
+	r.unpack(packed)
 	f, err := r.fs.Open(goldenRegistry, vfs.ReadOnly)
 	r.must(err)
 	text, err := io.ReadAll(io.NewSectionReader(f, 0, 1<<20))

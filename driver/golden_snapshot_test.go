@@ -66,7 +66,7 @@ func (g *goldenVolume) snapshot(t *testing.T, v *driver.Volume, id byte, name st
 // goldenFamily makes a volume with snapshots in the store and on the local disk
 // only, one of them deleted, and a clone that was written to and has a snapshot.
 func goldenFamily(t *testing.T) {
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
+	r := newRig(t, directory, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
 	ctx := context.Background()
 	a := &goldenVolume{ID: r.cfg.ID, Size: r.cfg.Size, Lines: map[string]map[uint64]string{"": {}}}
 	publish := func(v *driver.Volume) {
@@ -112,7 +112,9 @@ func goldenFamily(t *testing.T) {
 
 // TestGoldenSnapshots: a data directory with snapshots and a clone, as an earlier
 // version left it when the power went, opens, and all of them read back.
-func TestGoldenSnapshots(t *testing.T) {
+func TestGoldenSnapshots(t *testing.T) { overStores(t, testGoldenSnapshots) }
+
+func testGoldenSnapshots(t *testing.T, k storeKind) {
 	if *driver.UpdateGolden {
 		goldenFamily(t)
 	}
@@ -120,8 +122,8 @@ func TestGoldenSnapshots(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 8)
-	unpackFiles(t, r.fs, packed)
+	r := newRig(t, k, rand.New(rand.NewPCG(1, 1)), 1024, 8)
+	r.unpack(packed)
 	f, err := r.fs.Open(goldenRegistry, vfs.ReadOnly)
 	r.must(err)
 	text, err := io.ReadAll(io.NewSectionReader(f, 0, 1<<20))

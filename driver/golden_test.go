@@ -16,6 +16,7 @@ import (
 	"scoria/alba/vfs"
 	"scoria/driver"
 	"scoria/driver/block"
+	"scoria/driver/dirstore"
 )
 
 const goldenDir = "testdata/datadir.tar.gz"
@@ -80,10 +81,12 @@ func (g *goldenLife) live() {
 
 // TestGoldenDataDirectory: a data directory that an earlier version left when the
 // power went opens, and the volume reads back.
-func TestGoldenDataDirectory(t *testing.T) {
+func TestGoldenDataDirectory(t *testing.T) { overStores(t, testGoldenDataDirectory) }
+
+func testGoldenDataDirectory(t *testing.T, k storeKind) {
 	// What an earlier version wrote is not written anew.
 	if _, err := os.Stat(goldenDir); *driver.UpdateGolden && err != nil {
-		r := newRig(t, rand.New(rand.NewPCG(1, 1)), goldenClusters, 8).create()
+		r := newRig(t, directory, rand.New(rand.NewPCG(1, 1)), goldenClusters, 8).create()
 		(&goldenLife{r, map[uint64]string{}}).live()
 		r.crash()
 		if err := os.WriteFile(goldenDir, packFiles(t, r.fs), 0o644); err != nil {
@@ -97,8 +100,8 @@ func TestGoldenDataDirectory(t *testing.T) {
 	if len(packed) > 64<<10 {
 		t.Errorf("%s has %d bytes", goldenDir, len(packed))
 	}
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), goldenClusters, 8)
-	unpackFiles(t, r.fs, packed)
+	r := newRig(t, k, rand.New(rand.NewPCG(1, 1)), goldenClusters, 8)
+	r.unpack(packed)
 	r.reopen()
 	if n := r.vol.Stats().ReplayedRecords; n == 0 || n > 30 {
 		t.Errorf("%d records were replayed", n)
@@ -176,6 +179,39 @@ func packFiles(t *testing.T, fsys vfs.FS) []byte {
 		t.Fatal(err)
 	}
 	return out.Bytes()
+}
+
+// unpack makes the data directory of a volume in the directory store, and has what is in
+// the store in the rig's own kind of store, where the same version would have put it.
+func (r *rig) unpack(packed []byte) {
+	r.t.Helper()
+	unpackFiles(r.t, r.fs, packed)
+	if r.stores.name == directory.name {
+		return
+	}
+	ctx := context.Background()
+	r.must(r.fs.Rename("data/store", "data/written"))
+	from, err := dirstore.Open(r.fs, "data/written", dirstore.Options{})
+	r.must(err)
+	to, err := r.stores.open(r.fs)
+	r.must(err)
+	defer func() { r.must(to.Close()) }()
+	namespaces, err := from.Namespaces(ctx)
+	r.must(err)
+	for _, ns := range namespaces {
+		r.must(to.CreateNamespace(ctx, ns))
+		r.must(to.Fence(ctx, ns, r.cfg.Epoch))
+		names, err := from.List(ctx, ns, "")
+		r.must(err)
+		for _, name := range names {
+			size, err := from.Size(ctx, ns, name)
+			r.must(err)
+			b := make([]byte, size)
+			r.must(from.ReadAt(ctx, ns, name, b, 0))
+			r.must(to.Put(ctx, ns, name, r.cfg.Epoch, driver.Object{Data: bytes.NewReader(b), Size: size}))
+		}
+	}
+	r.must(r.fs.RemoveAll("data/written"))
 }
 
 func unpackFiles(t *testing.T, fsys vfs.FS, packed []byte) {

@@ -33,10 +33,12 @@ func residentBytes(t *testing.T) int64 {
 
 // TestIdleVolumes: a thousand volumes that were used and now rest have no
 // goroutine and take little memory, and all of them close.
-func TestIdleVolumes(t *testing.T) {
+func TestIdleVolumes(t *testing.T) { overStores(t, testIdleVolumes) }
+
+func testIdleVolumes(t *testing.T, k storeKind) {
 	volumes := raced(1000, 100)
 	ctx := context.Background()
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 64)
+	r := newRig(t, k, rand.New(rand.NewPCG(1, 1)), 1024, 64)
 	r.cfg.Size = 64 << 30
 	r.create()
 	warm := func(v *driver.Volume, off uint64) {

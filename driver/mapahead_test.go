@@ -10,9 +10,11 @@ import (
 // TestMapPagesAreReadAhead: the first request after an opening that meets a missing
 // map page brings its neighbours in, so that the next ones do not wait; others stay
 // on the disk.
-func TestMapPagesAreReadAhead(t *testing.T) {
+func TestMapPagesAreReadAhead(t *testing.T) { overStores(t, testMapPagesAreReadAhead) }
+
+func testMapPagesAreReadAhead(t *testing.T, k storeKind) {
 	const leaves = 64
-	r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), leaves*lba.LeafClusters, 8)
+	r := newStillRig(t, k, rand.New(rand.NewPCG(1, 1)), leaves*lba.LeafClusters, 8)
 	r.create()
 	for leaf := range uint64(leaves) {
 		r.must(r.write(leaf*lba.LeafClusters, 1, 0))

@@ -67,7 +67,7 @@ func (m *moodyStore) Delete(ctx context.Context, ns, name string, epoch uint64) 
 
 // moodyRig is a rig whose store can fail and hang.
 func moodyRig(t *testing.T, k storeKind, rng *rand.Rand, clusters uint64, poolMiB int64) (*rig, *moodyStore) {
-	r := newRig(t, rng, clusters, poolMiB).over(k)
+	r := newRig(t, k, rng, clusters, poolMiB)
 	m := &moodyStore{}
 	r.wrap = func(s driver.Store) driver.Store {
 		m.Store = s
@@ -80,8 +80,8 @@ func moodyRig(t *testing.T, k storeKind, rng *rand.Rand, clusters uint64, poolMi
 // TestP8DiskFull: with a full disk writes pause, the reason shows, nothing fails,
 // and everything goes on by itself when there is room.
 func TestP8DiskFull(t *testing.T) {
-	forSeeds(t, raced(3, 1), func(t *testing.T, rng *rand.Rand) {
-		r := newRig(t, rng, 8192, 4).create()
+	forStores(t, raced(3, 1), 1, func(t *testing.T, k storeKind, rng *rand.Rand) {
+		r := newRig(t, k, rng, 8192, 4).create()
 		r.must(r.write(0, 200, 0))
 		r.must(r.flush())
 		r.fs.SetCapacity(r.fs.Used() + 2<<20)
@@ -116,8 +116,10 @@ func TestP8DiskFull(t *testing.T) {
 
 // TestP8Cancel: requests that wait for room end when their owner gives up, of
 // every kind, and only his.
-func TestP8Cancel(t *testing.T) {
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), 8192, 4).create()
+func TestP8Cancel(t *testing.T) { overStores(t, testP8Cancel) }
+
+func testP8Cancel(t *testing.T, k storeKind) {
+	r := newRig(t, k, rand.New(rand.NewPCG(1, 1)), 8192, 4).create()
 	r.must(r.write(7000, 20, 0))
 	r.must(r.flush())
 	r.fs.SetCapacity(r.fs.Used())
@@ -195,10 +197,12 @@ func TestP8Cancel(t *testing.T) {
 // TestP8StoreFails: while the store fails or hangs, writes go on, the backlog and
 // the reason show, another volume with its own store is left alone, and the
 // backlog drains by itself afterwards.
-func TestP8StoreFails(t *testing.T) {
+func TestP8StoreFails(t *testing.T) { overStores(t, testP8StoreFails) }
+
+func testP8StoreFails(t *testing.T, k storeKind) {
 	for _, how := range []string{"fails", "hangs"} {
 		t.Run(how, func(t *testing.T) {
-			r, m := moodyRig(t, directory, rand.New(rand.NewPCG(2, 2)), 4096, 8)
+			r, m := moodyRig(t, k, rand.New(rand.NewPCG(2, 2)), 4096, 8)
 			healthy := r.cfg
 			r.cfg.Store = m.Store // the second volume's is fine
 			other := r.second("default/other")
@@ -241,9 +245,11 @@ func TestP8StoreFails(t *testing.T) {
 
 // TestP8PublishRecovers: a store that fails only while the map is published is
 // reported, tried again, and then the report ends.
-func TestP8PublishRecovers(t *testing.T) {
+func TestP8PublishRecovers(t *testing.T) { overStores(t, testP8PublishRecovers) }
+
+func testP8PublishRecovers(t *testing.T, k storeKind) {
 	ctx := context.Background()
-	r, m := moodyRig(t, directory, rand.New(rand.NewPCG(3, 3)), 1024, 8)
+	r, m := moodyRig(t, k, rand.New(rand.NewPCG(3, 3)), 1024, 8)
 	r.must(r.write(0, 600, 0))
 	r.must(r.vol.Checkpoint(ctx))
 	r.vol.WaitSealed()
@@ -260,8 +266,10 @@ func TestP8PublishRecovers(t *testing.T) {
 
 // TestP3OpenFailsFirst: a daemon that was killed and finds its store out of
 // order opens the volume later, and then everything is there.
-func TestP3OpenFailsFirst(t *testing.T) {
-	r := newRig(t, rand.New(rand.NewPCG(4, 4)), 1024, 8)
+func TestP3OpenFailsFirst(t *testing.T) { overStores(t, testP3OpenFailsFirst) }
+
+func testP3OpenFailsFirst(t *testing.T, k storeKind) {
+	r := newRig(t, k, rand.New(rand.NewPCG(4, 4)), 1024, 8)
 	var down atomic.Bool
 	r.wrap = func(s driver.Store) driver.Store { return &blindStore{Store: s, down: &down} }
 	r.create()
@@ -298,8 +306,10 @@ func (b *blindStore) List(ctx context.Context, ns, prefix string) ([]string, err
 
 // TestP8CloseAndReopen: volumes that are closed while their data can't be written
 // keep it, and opening them again in the same daemon finds it.
-func TestP8CloseAndReopen(t *testing.T) {
-	r := newRig(t, rand.New(rand.NewPCG(5, 5)), 1024, 8).create()
+func TestP8CloseAndReopen(t *testing.T) { overStores(t, testP8CloseAndReopen) }
+
+func testP8CloseAndReopen(t *testing.T, k storeKind) {
+	r := newRig(t, k, rand.New(rand.NewPCG(5, 5)), 1024, 8).create()
 	r.must(r.write(0, 100, 0))
 	r.must(r.flush())
 	r.must(r.write(50, 100, 0))

@@ -14,7 +14,7 @@ func testP9OpeningReadsWhatChanged(t *testing.T, k storeKind) {
 	ctx := context.Background()
 	rng := rand.New(rand.NewPCG(1, 1))
 	for _, before := range []int{1, 20, 100} {
-		r := newStillRig(t, rng, 2048, 8).over(k).create()
+		r := newStillRig(t, k, rng, 2048, 8).create()
 		for range before {
 			first, n := span(rng, 0, 1500, 400)
 			r.must(r.write(first, n, 0))
@@ -46,7 +46,7 @@ func TestP10StoreAlone(t *testing.T) { overStores(t, testP10StoreAlone) }
 
 func testP10StoreAlone(t *testing.T, k storeKind) {
 	ctx := context.Background()
-	r := newStillRig(t, rand.New(rand.NewPCG(2, 2)), 2048, 8).over(k).create()
+	r := newStillRig(t, k, rand.New(rand.NewPCG(2, 2)), 2048, 8).create()
 	for i := range uint64(5) {
 		r.must(r.write(i*300, 400, 0))
 		r.must(r.discard(i*200, 30))

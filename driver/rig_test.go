@@ -69,9 +69,9 @@ type effect struct {
 	fua        bool
 }
 
-func newRig(t *testing.T, rng *rand.Rand, clusters uint64, poolMiB int64) *rig {
+func newRig(t *testing.T, k storeKind, rng *rand.Rand, clusters uint64, poolMiB int64) *rig {
 	t.Helper()
-	r := &rig{t: t, rng: rng, fs: vfs.NewMem(), pool: poolMiB << 20, cache: 1 << 30, stores: directory}
+	r := &rig{t: t, rng: rng, fs: vfs.NewMem(), pool: poolMiB << 20, cache: 1 << 30, stores: k}
 	t.Cleanup(func() { r.closeStore() })
 	r.cfg = driver.VolumeConfig{
 		ID: uuid.UUID{7, 1}, Name: "default/rig", Size: clusters * cluster, LogicalBlock: 512,
@@ -82,16 +82,10 @@ func newRig(t *testing.T, rng *rand.Rand, clusters uint64, poolMiB int64) *rig {
 }
 
 // newStillRig is newRig without housekeeping.
-func newStillRig(t *testing.T, rng *rand.Rand, clusters uint64, poolMiB int64) *rig {
+func newStillRig(t *testing.T, k storeKind, rng *rand.Rand, clusters uint64, poolMiB int64) *rig {
 	t.Helper()
-	r := newRig(t, rng, clusters, poolMiB)
+	r := newRig(t, k, rng, clusters, poolMiB)
 	r.still = true
-	return r
-}
-
-// over has the volume in another kind of store than the directory store.
-func (r *rig) over(k storeKind) *rig {
-	r.stores = k
 	return r
 }
 

@@ -21,8 +21,8 @@ import (
 // full and SCOs evicted: each has every write that completed before it was asked for
 // and none that began after it was made, whole.
 func TestP2SnapshotUnderLoad(t *testing.T) {
-	forSeeds(t, raced(4, 2), func(t *testing.T, rng *rand.Rand) {
-		r := newRig(t, rng, 1024, 6).create()
+	forStores(t, raced(4, 2), 1, func(t *testing.T, k storeKind, rng *rand.Rand) {
+		r := newRig(t, k, rng, 1024, 6).create()
 		c := r.hire(true)
 		ctx := context.Background()
 		type taken struct {
@@ -86,8 +86,10 @@ func (r *rig) beganAfter(c, version uint64, at int64) bool {
 
 // TestP8SnapshotOnAFullDisk: it fails, leaves nothing behind, and works when there
 // is room again.
-func TestP8SnapshotOnAFullDisk(t *testing.T) {
-	r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), 4096, 8)
+func TestP8SnapshotOnAFullDisk(t *testing.T) { overStores(t, testP8SnapshotOnAFullDisk) }
+
+func testP8SnapshotOnAFullDisk(t *testing.T, k storeKind) {
+	r := newStillRig(t, k, rand.New(rand.NewPCG(1, 1)), 4096, 8)
 	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 	r.create()
 	ctx := context.Background()
@@ -116,8 +118,10 @@ func TestP8SnapshotOnAFullDisk(t *testing.T) {
 }
 
 // TestP4SnapshotOfAFencedVolume: who does not own the volume makes and deletes none.
-func TestP4SnapshotOfAFencedVolume(t *testing.T) {
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
+func TestP4SnapshotOfAFencedVolume(t *testing.T) { overStores(t, testP4SnapshotOfAFencedVolume) }
+
+func testP4SnapshotOfAFencedVolume(t *testing.T, k storeKind) {
+	r := newRig(t, k, rand.New(rand.NewPCG(1, 1)), 1024, 8).create()
 	ctx := context.Background()
 	r.must(r.write(0, 10, 0))
 	s, err := r.vol.CreateSnapshot(ctx, uuid.UUID{1}, "mine", nil)
@@ -142,8 +146,10 @@ func TestP4SnapshotOfAFencedVolume(t *testing.T) {
 }
 
 // TestRollbackRefusedInUse: a front end that has the volume keeps it as it is.
-func TestRollbackRefusedInUse(t *testing.T) {
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), 256, 8).create()
+func TestRollbackRefusedInUse(t *testing.T) { overStores(t, testRollbackRefusedInUse) }
+
+func testRollbackRefusedInUse(t *testing.T, k storeKind) {
+	r := newRig(t, k, rand.New(rand.NewPCG(1, 1)), 256, 8).create()
 	ctx := context.Background()
 	s, err := r.vol.CreateSnapshot(ctx, uuid.UUID{1}, "s", nil)
 	r.must(err)
@@ -166,8 +172,10 @@ func TestRollbackRefusedInUse(t *testing.T) {
 
 // TestP5DamagedSnapshotRoot: a root whose local copy is damaged is read from the
 // store; one that is damaged everywhere is reported, and the others are still there.
-func TestP5DamagedSnapshotRoot(t *testing.T) {
-	r := newRig(t, rand.New(rand.NewPCG(1, 1)), 256, 8)
+func TestP5DamagedSnapshotRoot(t *testing.T) { overStores(t, testP5DamagedSnapshotRoot) }
+
+func testP5DamagedSnapshotRoot(t *testing.T, k storeKind) {
+	r := newRig(t, k, rand.New(rand.NewPCG(1, 1)), 256, 8)
 	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 	r.create()
 	ctx := context.Background()
@@ -180,8 +188,7 @@ func TestP5DamagedSnapshotRoot(t *testing.T) {
 	r.vol.WaitSealed()
 	_, err := r.vol.Publish(ctx)
 	r.must(err)
-	name := fmt.Sprintf("data/store/%s/objects/snap-%016x", r.cfg.ID, r.cfg.Snapshots[1].Sequence)
-	r.must(r.fs.Corrupt(name, 100))
+	r.damage(fmt.Sprintf("snap-%016x", r.cfg.Snapshots[1].Sequence), 100)
 	if _, err := r.vol.OpenSnapshot(ctx, r.cfg.Snapshots[1].ID); err == nil {
 		t.Error("a damaged root was read")
 	}
@@ -208,9 +215,11 @@ func TestP5DamagedSnapshotRoot(t *testing.T) {
 
 // TestDeepChain: a read of what the oldest of a hundred generations wrote costs what
 // it costs one generation later, and all generations share what they cache.
-func TestDeepChain(t *testing.T) {
+func TestDeepChain(t *testing.T) { overStores(t, testDeepChain) }
+
+func testDeepChain(t *testing.T, k storeKind) {
 	depth := raced(100, 12)
-	r := newStillRig(t, rand.New(rand.NewPCG(1, 1)), 512, 64).create()
+	r := newStillRig(t, k, rand.New(rand.NewPCG(1, 1)), 512, 64).create()
 	ctx := context.Background()
 	r.must(r.write(0, 200, 0))
 	volumes := []*driver.Volume{r.vol}
@@ -277,7 +286,11 @@ func TestDeepChain(t *testing.T) {
 // TestDeleteSnapshotUnderTheHousekeeper: the daemon's own look at a snapshot does not
 // make it one in use.
 func TestDeleteSnapshotUnderTheHousekeeper(t *testing.T) {
-	w := newWorld(t, directory, rand.New(rand.NewPCG(3, 1)), 4<<20, 1<<20, 8<<20)
+	overStores(t, testDeleteSnapshotUnderTheHousekeeper)
+}
+
+func testDeleteSnapshotUnderTheHousekeeper(t *testing.T, k storeKind) {
+	w := newWorld(t, k, rand.New(rand.NewPCG(3, 1)), 4<<20, 1<<20, 8<<20)
 	ctx := context.Background()
 	if err := w.write(0, 8*cluster, false); err != nil {
 		t.Fatal(err)

@@ -74,7 +74,7 @@ func testSpace(t *testing.T, k storeKind) {
 		times           int
 	}{{1, 8192, 4}, {16, 16384, 5}} {
 		t.Run(fmt.Sprintf("%dKiB", c.piece*4), func(t *testing.T) {
-			r := newRig(t, rand.New(rand.NewPCG(3, c.piece)), c.clusters, 8).over(k)
+			r := newRig(t, k, rand.New(rand.NewPCG(3, c.piece)), c.clusters, 8)
 			r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 			r.create()
 			rng := r.rng
@@ -148,7 +148,7 @@ func TestSpaceWithSnapshots(t *testing.T) { overStores(t, testSpaceWithSnapshots
 func testSpaceWithSnapshots(t *testing.T, k storeKind) {
 	const clusters = 4096
 	ctx := context.Background()
-	r := newStillRig(t, rand.New(rand.NewPCG(4, 1)), clusters, 8).over(k)
+	r := newStillRig(t, k, rand.New(rand.NewPCG(4, 1)), clusters, 8)
 	r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 	r.create()
 	var snaps []kept

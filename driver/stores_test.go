@@ -1,8 +1,13 @@
 package driver_test
 
 import (
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"io"
 	"math/rand/v2"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"scoria/alba"
@@ -29,7 +34,9 @@ type storeKind struct {
 
 var (
 	directory = storeKind{"directory", openDirectory}
-	objects   = storeKind{"objects", openObjects}
+	// Two fragments of three that are durable acknowledge an upload: the third is under
+	// way when the crash comes.
+	objects = storeKind{"objects", openObjects(albatest.Preset(alba.Policy{K: 2, M: 1, C: 2, X: 1}))}
 )
 
 // directoryStore has nothing to close.
@@ -42,19 +49,19 @@ func openDirectory(fsys *vfs.Mem) (storeCloser, error) {
 	return directoryStore{s}, err
 }
 
-// openObjects opens an object store with its registry and three storage daemons on the
-// same file system, so that a crash takes all of them. Two fragments of three that are
-// durable acknowledge an upload: the third is under way when the crash comes.
-func openObjects(fsys *vfs.Mem) (storeCloser, error) {
-	ps := albatest.Preset(alba.Policy{K: 2, M: 1, C: 2, X: 1})
-	if err := fsys.MkdirAll("data/store"); err != nil {
-		return nil, err
+// openObjects opens an object store with its registry and as many storage daemons as a
+// policy needs on the same file system, so that a crash takes all of them.
+func openObjects(ps alba.Preset) func(fsys *vfs.Mem) (storeCloser, error) {
+	return func(fsys *vfs.Mem) (storeCloser, error) {
+		if err := fsys.MkdirAll("data/store"); err != nil {
+			return nil, err
+		}
+		reg, err := objecttest.OpenRegistry(fsys, "data/store/registry")
+		if err != nil {
+			return nil, err
+		}
+		return objecttest.Open(reg, fsys, "data/store", ps.Policies[0].Shards(), ps)
 	}
-	reg, err := objecttest.OpenRegistry(fsys, "data/store/registry")
-	if err != nil {
-		return nil, err
-	}
-	return objecttest.Open(reg, fsys, "data/store", ps.Policies[0].Shards(), ps)
 }
 
 // overStores runs a test over both.
@@ -78,4 +85,50 @@ func forStores(t *testing.T, n, overObjects int, fn func(t *testing.T, k storeKi
 	overStores(t, func(t *testing.T, k storeKind) {
 		forSeeds(t, k.fewer(n, overObjects), func(t *testing.T, rng *rand.Rand) { fn(t, k, rng) })
 	})
+}
+
+// oneStore lists the tests that have volumes in one kind of store only, and why. All
+// others run over both; those without a volume are of the engine's parts.
+var oneStore = map[string]string{
+	"TestP5DamagedFragment": "flips bits in fragments; of the directory store's files TestP5Damage does",
+	"TestP5OneCopy":         "an object store on one disk, whose files are the volume's; the directory store's are in TestP5Damage, linked",
+}
+
+// TestBothStores: every test of a volume runs over both stores, or says why not.
+func TestBothStores(t *testing.T) {
+	files, err := filepath.Glob("*_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[string]bool{}
+	for _, name := range files {
+		f, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range f.Decls {
+			fn, ok := d.(*ast.FuncDecl)
+			if !ok || !strings.HasPrefix(fn.Name.Name, "Test") || f.Name.Name != "driver_test" {
+				continue
+			}
+			uses := map[string]bool{}
+			ast.Inspect(fn.Body, func(n ast.Node) bool {
+				if id, ok := n.(*ast.Ident); ok {
+					uses[id.Name] = true
+				}
+				return true
+			})
+			both := uses["overStores"] || uses["forStores"]
+			one := !both && (uses["directory"] || uses["objects"] || uses["storeKind"])
+			if _, listed := oneStore[fn.Name.Name]; listed != one {
+				t.Errorf("%s runs over one kind of store only: %v; listed in oneStore: %v", fn.Name.Name, one, listed)
+			}
+			seen[fn.Name.Name] = true
+		}
+	}
+	for name := range oneStore {
+		if !seen[name] {
+			t.Errorf("oneStore lists %s, which is no test", name)
+		}
+	}
 }

@@ -85,7 +85,7 @@ func (m *muteStore) waiting(n int) func() bool {
 // muteRig is a volume with data in the store only, 512 clusters, and a map that
 // has not been read yet; with pages what it has to be read from is only there, too.
 func muteRig(t *testing.T, k storeKind, rng *rand.Rand, pages bool) (*rig, *muteStore) {
-	r := newRig(t, rng, 1024, 8).over(k)
+	r := newRig(t, k, rng, 1024, 8)
 	m := &muteStore{}
 	r.wrap = func(s driver.Store) driver.Store {
 		m.Store = s

@@ -86,9 +86,11 @@ func (r *rig) writeFaulty(first, n uint64) {
 // its pages, whether they come from memory or are read: with SCOs that are full, that were
 // closed early, that hold clusters nobody filled, whose first upload failed, and that a
 // daemon found that was killed before.
-func TestP5SumsOfASCOMatchItsFile(t *testing.T) {
+func TestP5SumsOfASCOMatchItsFile(t *testing.T) { overStores(t, testP5SumsOfASCOMatchItsFile) }
+
+func testP5SumsOfASCOMatchItsFile(t *testing.T, k storeKind) {
 	s := &sumsStore{}
-	r := newStillRig(t, rand.New(rand.NewPCG(11, 3)), 2048, 16)
+	r := newStillRig(t, k, rand.New(rand.NewPCG(11, 3)), 2048, 16)
 	r.wrap = func(inner driver.Store) driver.Store {
 		s.Store, s.held = inner, func() int { return r.eng.SumsHeld() }
 		return s

@@ -63,7 +63,7 @@ func (p *Proxy) readEntry(ctx context.Context, e *entry, b []byte, off int64) er
 			p.fault(e, avoid, "holds bytes that are not what was stored there")
 			return nil
 		}
-		certain = certain && errors.Is(again, erasure.ErrDamaged)
+		certain = certain && (errors.Is(again, erasure.ErrDamaged) || errors.Is(again, ErrLost))
 	}
 	if certain {
 		err = fmt.Errorf("%w: %w", ErrLost, err)
@@ -261,6 +261,9 @@ func (p *Proxy) decode(ctx context.Context, e *entry, pc alba.Piece, b []byte, s
 	failed := make([]error, len(e.m.Shards))
 	if skip >= 0 {
 		failed[skip] = cause
+	}
+	if avoid >= 0 {
+		failed[avoid] = fmt.Errorf("shard %d is taken for changed: %w", avoid, asd.ErrCorrupt)
 	}
 	late := time.NewTimer(e.patience(p.lateness(list[:asked])))
 	defer late.Stop()

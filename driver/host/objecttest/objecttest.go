@@ -1,6 +1,7 @@
 // Package objecttest opens the object store as a driver.Store for tests: with storage
 // daemons in this process and, if wanted, a registry, all on one vfs.FS, so that a
-// crash of it takes everything that the store stands on.
+// crash of it takes everything that the store stands on. Package driver's tests of volumes
+// run over it and the directory store; stores_test.go there lists the few that do not.
 //
 // A Store has the goroutines of its proxy and of its storage daemons. Close ends them,
 // also on a file system that was killed, where what a storage daemon's key-value store
@@ -20,6 +21,7 @@ import (
 	"scoria/alba/asd"
 	"scoria/alba/asd/disk"
 	"scoria/alba/proxy"
+	"scoria/alba/repair"
 	"scoria/alba/vfs"
 	"scoria/driver"
 	"scoria/driver/host"
@@ -30,7 +32,8 @@ type Store struct {
 	host.AlbaStore
 	fs      vfs.FS
 	dir     string
-	dead    chan struct{} // closed when a stop finds the file system killed
+	faults  *repair.Faults // what reads have met
+	dead    chan struct{}  // closed when a stop finds the file system killed
 	closing sync.Once
 
 	mu    sync.Mutex
@@ -48,8 +51,8 @@ func Open(reg alba.Registry, fsys vfs.FS, dir string, n int, ps alba.Preset) (*S
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{fs: fsys, dir: dir, dead: make(chan struct{}), disks: map[string]*disk.Disk{}}
-	p, err := proxy.New(ctx, proxy.Options{Registry: reg, Dial: s.dial, Node: "node", Preset: ps.Name, Keys: keys, Log: zerolog.Nop()})
+	s := &Store{fs: fsys, dir: dir, faults: repair.NewFaults(), dead: make(chan struct{}), disks: map[string]*disk.Disk{}}
+	p, err := proxy.New(ctx, proxy.Options{Registry: reg, Dial: s.dial, Node: "node", Preset: ps.Name, Keys: keys, Report: s.faults.Add, Log: zerolog.Nop()})
 	if err != nil {
 		return nil, err
 	}
