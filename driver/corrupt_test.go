@@ -84,7 +84,7 @@ func (r *rig) scoSpots(name string, size int64) []spot {
 
 // isDamage reports whether an error names damaged data as its cause.
 func isDamage(err error) bool {
-	return errors.Is(err, block.ErrCorrupt) || errors.Is(err, sco.ErrFormat) || errors.Is(err, lba.ErrFormat)
+	return errors.Is(err, block.ErrCorrupt) || errors.Is(err, sco.ErrFormat) || errors.Is(err, lba.ErrFormat) || errors.Is(err, driver.ErrLost)
 }
 
 // readDamaged reads every cluster by itself: right data or an error that says
