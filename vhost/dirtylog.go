@@ -42,9 +42,24 @@ func (l *dirtyLog) mark(addr, n uint64) error {
 	}
 	words := l.mapping.Bytes()
 	for page := first; page <= last; page++ {
+		if page%32 == 0 && last-page >= 31 {
+			orWord(words, page/32, 1<<32-1)
+			page += 31
+			continue
+		}
 		orWord(words, page/32, 1<<(page%32))
 	}
 	l.marked.Add(last - first + 1)
+	return nil
+}
+
+// markAll marks all of guest memory.
+func (l *dirtyLog) markAll(t *mem.Table) error {
+	for _, r := range t.Regions() {
+		if err := l.mark(r.GuestAddr, r.Size()); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

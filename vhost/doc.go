@@ -62,6 +62,11 @@
 //
 // Stats names the processes in either state.
 //
+// When a connection ends during a live migration, QEMU drops what was marked in the
+// dirty log since it last looked: vhost_user_async_close has the device count as
+// stopped, and vhost_sync_dirty_bitmap looks at no stopped device. So a log that comes
+// before any ring of its connection is started begins with all of memory marked.
+//
 // If the guest writes the configuration space (the write cache) while there is
 // no connection, QEMU 7.2 aborts (vhost_dev_set_config).
 package vhost

@@ -120,6 +120,14 @@ func (s *session) setLogBase(m *message) error {
 		mapping.Release()
 		return err
 	}
+	if !s.started() && s.table != nil {
+		// The migration is older than this connection. QEMU (7.2, vhost_user_async_close)
+		// drops what was marked on the connection before since it last looked.
+		if err := log.markAll(s.table); err != nil {
+			mapping.Release()
+			return err
+		}
+	}
 	old := s.dirty
 	s.dirty = log
 	err = s.applyLog()
@@ -130,6 +138,16 @@ func (s *session) setLogBase(m *message) error {
 		old.mapping.Release()
 	}
 	return err
+}
+
+// started says whether any ring is.
+func (s *session) started() bool {
+	for _, r := range s.rings {
+		if r.queue != nil {
+			return true
+		}
+	}
+	return false
 }
 
 // activeLog is the log that queues mark in now, or nil.

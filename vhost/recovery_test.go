@@ -225,6 +225,28 @@ func marked(log *mem.Mapping, off uint64) bool {
 	return log.Bytes()[page/8]&(1<<(page%8)) != 0
 }
 
+// A front end that connects again while it migrates may have lost what was marked on
+// the connection before: all of memory is marked, and only then.
+func TestP3DirtyLogAfterReconnect(t *testing.T) {
+	b := newBed(t, Config{})
+	g := newGuest(t, 1, 16, testFeatures)
+	f := start(t, b.path, g)
+	if log := startLog(t, f, g); marked(log, testMemBytes-1) {
+		t.Fatal("memory is marked that nobody wrote to")
+	}
+	f.conn.Close()
+	b.restart()
+	f = dial(t, b.path)
+	f.hello(g.features | wire.FeatureLogAll)
+	f.memory(g)
+	log := startLog(t, f, g)
+	for off := uint64(0); off < testMemBytes; off += logPage {
+		if !marked(log, off) {
+			t.Fatalf("page at %#x of guest memory is not marked", off)
+		}
+	}
+}
+
 // A request that is refused without having been understood is logged for its
 // status alone, and not for what its slot was used for before: that may point to
 // memory which has been replaced since.

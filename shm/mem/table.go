@@ -114,6 +114,9 @@ func (r *Region) retain() {
 // Len returns the number of regions.
 func (t *Table) Len() int { return len(t.byGuest) }
 
+// Regions returns the regions by guest address; the caller must not change them.
+func (t *Table) Regions() []Region { return t.byGuest }
+
 // Retain adds a reference.
 func (t *Table) Retain() { t.refs.Add(1) }
 
