@@ -40,6 +40,7 @@
 //	alba/trash/NSID/UPLOAD       Intent of an upload that failed or was deleted
 //	alba/job/NAME                progress of maintenance (package repair)
 //	alba/cluster                 an ID that all devices know too
+//	alba/history                 History: the registry's generations
 //
 // NSID and UPLOAD are 16 random bytes in hex: a name that is used again after a
 // deletion never meets what the earlier one left behind.
@@ -58,6 +59,8 @@
 //
 //	f/NSID/UPLOAD/SHARD/CHUNK    fragment; SHARD 2 hex digits, CHUNK 8
 //	m/NSID/UPLOAD/SHARD          Manifest, written with the shard's last fragment
+//	a/NSID/UPLOAD/SHARD          16 random bytes of the attempt that moved or mended the shard, written
+//	                             with its first fragment; other attempts delete nothing of it
 //	n/NSID                       Namespace, a copy
 //	t/NSID/UPLOAD                this upload is deleted, though another device may
 //	                             still hold some of it
@@ -68,4 +71,13 @@
 // With these alone the registry's part can be rebuilt. Each device also
 // holds the epoch of each namespace that it met (see package asd); changes with a
 // smaller one are refused there.
+//
+// # A registry that went back
+//
+// Devices are told how far the registry is (Position), within a second of each change;
+// they keep it durably and never forget or lower it. A registry that was put back from a
+// backup does not know what a device was told after that backup was taken: nothing is
+// read from such a device, written to it or deleted there, for what is taken for an orphan may
+// be the only copy. It is rebuilt from the devices then. A backup that is less than that
+// second older than what was lost is not told from it.
 package alba

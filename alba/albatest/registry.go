@@ -5,6 +5,7 @@ package albatest
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -33,7 +34,16 @@ func NewRegistry() *Registry {
 	return &Registry{kvs: map[string]alba.KV{}, watchers: map[*watcher]struct{}{}}
 }
 
-// SetHook has fn called before each commit that would succeed; its error is the
+// Backup returns a copy of the registry as it is now, without watchers and hook.
+func (r *Registry) Backup() *Registry {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	b := NewRegistry()
+	b.kvs, b.revision = maps.Clone(r.kvs), r.revision
+	return b
+}
+
+// SetHook has fn called before each commit that would write something; its error is the
 // commit's, which then has no effect. It runs without the registry's lock.
 func (r *Registry) SetHook(fn func(writes []alba.Write) error) {
 	r.mu.Lock()
@@ -80,7 +90,7 @@ func (r *Registry) Commit(ctx context.Context, compares []alba.Compare, writes [
 	r.mu.Lock()
 	hook := r.hook
 	r.mu.Unlock()
-	if hook != nil {
+	if hook != nil && len(writes) > 0 {
 		if err := hook(writes); err != nil {
 			return 0, err
 		}

@@ -82,6 +82,9 @@ func (p *Proxy) AddDevice(ctx context.Context, d alba.Device) (alba.Device, erro
 	if err == nil {
 		err = p.Own(ctx, c)
 	}
+	if err == nil {
+		err = p.checkPosition(ctx, st.ID, c)
+	}
 	if cerr := c.Close(); err == nil {
 		err = cerr
 	}

@@ -244,16 +244,16 @@ func (m *Member) DeleteUpload(ctx context.Context, ns, upload alba.ID) error {
 	ctx, cancel := context.WithTimeout(ctx, purgeTimeout)
 	defer cancel()
 	id := ns.String() + "/" + upload.String() + "/"
-	for _, prefix := range []string{alba.FragmentPrefix + id, alba.ShardPrefix + id} {
-		if err := m.DeletePrefix(ctx, prefix); err != nil {
+	for _, prefix := range []string{alba.FragmentPrefix + id, alba.ShardPrefix + id, alba.AttemptPrefix + id} {
+		if err := m.deletePrefix(ctx, prefix, nil); err != nil {
 			return fmt.Errorf("device %s: %w", m.Record().ID, err)
 		}
 	}
 	return nil
 }
 
-// DeletePrefix deletes all keys that begin with prefix.
-func (m *Member) DeletePrefix(ctx context.Context, prefix string) error {
+// deletePrefix deletes all keys that begin with prefix while the asserts hold.
+func (m *Member) deletePrefix(ctx context.Context, prefix string, asserts []asd.Assert) error {
 	for {
 		r, err := m.Range(ctx, asd.RangeRequest{From: prefix, To: After(prefix), Limit: asd.MaxUpdates}, asd.PriorityRepair)
 		if err != nil {
@@ -264,7 +264,7 @@ func (m *Member) DeletePrefix(ctx context.Context, prefix string) error {
 			updates[i] = asd.Delete(info.Key)
 		}
 		if len(updates) > 0 {
-			if err := m.Apply(ctx, nil, updates, asd.PriorityRepair); err != nil {
+			if err := m.Apply(ctx, asserts, updates, asd.PriorityRepair); err != nil {
 				return err
 			}
 		}

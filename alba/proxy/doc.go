@@ -34,6 +34,7 @@
 //
 //	follow        one: the registry's events, to caches and fleet
 //	poll          one: statistics of all devices every two seconds
+//	tell          one: tells devices how far the registry is
 //	shardWriter   one per shard of an upload under way, and one per fragment of its that is being sent
 //	finish        one per upload that completes in the background, at most 8
 //	purge         one per deletion whose fragments are being deleted, at most 8
@@ -42,5 +43,5 @@
 // # Locks
 //
 // Fleet.mu before Member.mu before health.mu; shardWriter.mu before upload.mu;
-// cache.mu and Proxy.mu are leaves. None is held during I/O.
+// cache.mu, Proxy.mu and position.mu are leaves. None is held during I/O.
 package proxy

@@ -48,7 +48,11 @@ func (l Location) distance(d *alba.Device) int {
 type Fleet struct {
 	reg  alba.Registry
 	dial Dial
-	here Location
+	near Location
+	// Of the proxy; nil: nothing is asked. Set before the first device is known.
+	check   func(ctx context.Context, id string, c asd.Client) error // what the device was told is known
+	here    func() (alba.Position, bool)                             // how far the registry is
+	refresh func(ctx context.Context) error                          // finds that out anew
 
 	// reloading is held from reading the registry until what it said is known, so that
 	// an older state never replaces a newer one. Taken before mu.
@@ -72,11 +76,14 @@ type Member struct {
 	failing time.Time        // since when they say that its disk has failed; zero: they don't
 	full    time.Time        // a put was refused then
 	copies  map[string]int64 // revision of the copy it has, by namespace ID
+	checked bool             // what it was told is known to the registry
+	older   error            // ErrOlder: it is not
+	told    alba.Position    // what it was told last
 }
 
 // NewFleet returns the fleet of the registry, empty until Reload.
 func NewFleet(reg alba.Registry, dial Dial, here Location) *Fleet {
-	return &Fleet{reg: reg, dial: dial, here: here, devices: map[string]*Member{}}
+	return &Fleet{reg: reg, dial: dial, near: here, devices: map[string]*Member{}}
 }
 
 // Reload reads the devices from the registry anew. Clients of devices that are gone,
@@ -197,6 +204,9 @@ func (m *Member) replace(d alba.Device) {
 	m.mu.Lock()
 	moved := m.rec.Address != d.Address
 	m.rec = d
+	if moved {
+		m.checked, m.told = false, 0
+	}
 	m.mu.Unlock()
 	if moved {
 		m.close()
@@ -225,8 +235,19 @@ func (m *Member) Down() (reason string, since time.Time) {
 func (m *Member) Up() bool { return m.up(time.Now()) }
 
 // Client returns the device's client, dialed if need be. An error counts against
-// the device.
+// the device. ErrOlder if it was told of changes that the registry lacks.
 func (m *Member) Client(ctx context.Context) (asd.Client, error) {
+	c, err := m.dialed(ctx)
+	if err == nil {
+		err = m.checkRegistry(ctx, c)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func (m *Member) dialed(ctx context.Context) (asd.Client, error) {
 	m.mu.Lock()
 	c, rec := m.client, m.rec
 	m.mu.Unlock()
@@ -441,7 +462,7 @@ func (f *Fleet) nearest(list []candidate) {
 			bu = 1
 		}
 		ar, br := a.m.Record(), b.m.Record()
-		return cmp.Or(cmp.Compare(au, bu), cmp.Compare(f.here.distance(&ar), f.here.distance(&br)),
+		return cmp.Or(cmp.Compare(au, bu), cmp.Compare(f.near.distance(&ar), f.near.distance(&br)),
 			cmp.Compare(a.m.latency(), b.m.latency()))
 	})
 }

@@ -43,13 +43,17 @@ type Mended struct {
 
 // mending is one object under repair.
 type mending struct {
-	p     *Proxy
-	o     Mend
-	ns    namespace
-	e     *entry
-	next  *alba.Manifest // with the shards where they will be
-	work  []int          // shards to be written
-	unfit map[int]bool   // shards that can't be read
+	p    *Proxy
+	o    Mend
+	ns   namespace
+	e    *entry
+	next *alba.Manifest // with the shards where they will be
+	work []int          // shards to be written
+	id   alba.ID        // of this attempt
+	// was asserts, per shard that moves and can be deleted where it was, that no later
+	// attempt has begun to move it back there.
+	was   map[int]asd.Assert
+	unfit map[int]bool // shards that can't be read
 }
 
 // Mend writes the shards of an object that are missing, gone, bad or to be moved: each
@@ -70,7 +74,7 @@ func (p *Proxy) mend(ctx context.Context, ns, object string, o Mend) (Mended, er
 	if err != nil {
 		return Mended{}, err
 	}
-	m := &mending{p: p, o: o, ns: n, unfit: map[int]bool{}}
+	m := &mending{p: p, o: o, ns: n, unfit: map[int]bool{}, id: alba.NewID(), was: map[int]asd.Assert{}}
 	if m.e, err = p.loadManifest(ctx, n, object); err != nil {
 		return Mended{}, err
 	}
@@ -94,6 +98,7 @@ func (p *Proxy) mend(ctx context.Context, ns, object string, o Mend) (Mended, er
 	defer p.active.Delete(m.next.Upload)
 	written, err := m.write(ctx)
 	if err == nil {
+		m.noteAttempts(ctx)
 		m.next.Generation++
 		_, err = p.reg.Commit(ctx, []alba.Compare{{Key: key, Revision: m.e.rev}, {Key: intent, Revision: rev}},
 			[]alba.Write{{Key: key, Value: m.next.Encode()}, {Key: intent}})
@@ -310,6 +315,9 @@ func (m *mending) store(ctx context.Context, chunk int, shards [][]byte) error {
 				return fmt.Errorf("shard %d: device %s was taken out of the registry: %w", i, man.Shards[i], asd.ErrUnavailable)
 			}
 			var updates []asd.Update
+			if chunk <= 0 {
+				updates = append(updates, asd.Put(alba.AttemptKey(man.NamespaceID, man.Upload, i), asd.NewValue(m.id[:])))
+			}
 			if chunk >= 0 {
 				v := asd.NewValueBlocks(shards[i], alba.Unit(man.Compression, man.Encryption))
 				updates = append(updates, asd.Put(alba.FragmentKey(man.NamespaceID, man.Upload, i, chunk), v))
@@ -328,8 +336,40 @@ func (m *mending) store(ctx context.Context, chunk int, shards [][]byte) error {
 	return g.Wait()
 }
 
+// noteAttempts reads which attempts put the shards that move to where they were. As long as
+// this one's intent is there no other begins, and if it is not there any more, the commit that follows fails.
+func (m *mending) noteAttempts(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
+	defer cancel()
+	for _, i := range m.work {
+		d := m.p.fleet.Member(m.e.m.Shards[i])
+		if d == nil || m.unfit[i] || m.e.m.Shards[i] == m.next.Shards[i] {
+			continue
+		}
+		if a, err := d.AssertAttempt(ctx, m.next.NamespaceID, m.next.Upload, i); err == nil {
+			m.was[i] = a
+		}
+	}
+}
+
+// AssertAttempt asserts that the shard is, or is to be, what the attempt has left on the
+// device that was the last one there when this was called.
+func (m *Member) AssertAttempt(ctx context.Context, ns, upload alba.ID, shard int) (asd.Assert, error) {
+	key := alba.AttemptKey(ns, upload, shard)
+	c, err := m.Client(ctx)
+	if err != nil {
+		return asd.Assert{}, err
+	}
+	v, err := c.Get(ctx, key, asd.PriorityRepair)
+	if err := m.note(ctx, 0, err); errors.Is(err, asd.ErrNoKey) {
+		return asd.AssertAbsent(key), nil
+	}
+	return asd.AssertValue(key, v.Data), err
+}
+
 // clean deletes the shards that are not used: the old ones after a success, the new
-// ones after a failure. What can't be deleted now is an orphan and is collected.
+// ones after a failure, unless another attempt has begun to write them since. What can't
+// be deleted now is an orphan and is collected.
 func (m *mending) clean(committed bool, intent string, rev int64) {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
@@ -345,7 +385,14 @@ func (m *mending) clean(committed bool, intent string, rev int64) {
 			continue // it is gone
 		}
 		if d := m.p.fleet.Member(id); d != nil {
-			if err := d.DeleteShard(ctx, m.next.NamespaceID, m.next.Upload, i); err != nil {
+			mine, ok := asd.AssertValue(alba.AttemptKey(m.next.NamespaceID, m.next.Upload, i), m.id[:]), true
+			if committed {
+				mine, ok = m.was[i]
+			}
+			if !ok {
+				continue // what is there can't be told: an orphan
+			}
+			if err := d.deleteShard(ctx, m.next.NamespaceID, m.next.Upload, i, mine); err != nil {
 				m.p.opts.Log.Info().Err(err).Str("asd", id).Msg("shard is left to the collection of orphans")
 			}
 		}
@@ -359,14 +406,14 @@ func (m *mending) clean(committed bool, intent string, rev int64) {
 	}
 }
 
-// DeleteShard deletes one shard of an upload.
-func (m *Member) DeleteShard(ctx context.Context, ns, upload alba.ID, shard int) error {
+// deleteShard deletes one shard of an upload as long as the assert holds.
+func (m *Member) deleteShard(ctx context.Context, ns, upload alba.ID, shard int, attempt asd.Assert) error {
 	base := alba.ShardKey(ns, upload, shard)
 	ctx, cancel := context.WithTimeout(ctx, purgeTimeout)
 	defer cancel()
-	err := m.DeletePrefix(ctx, alba.FragmentPrefix+base[len(alba.ShardPrefix):]+"/")
+	err := m.deletePrefix(ctx, alba.FragmentPrefix+base[len(alba.ShardPrefix):]+"/", []asd.Assert{attempt})
 	if err == nil {
-		err = m.Apply(ctx, nil, []asd.Update{asd.Delete(base)}, asd.PriorityRepair)
+		err = m.ApplyKnowing(ctx, []asd.Assert{attempt}, []asd.Update{asd.Delete(base), asd.Delete(alba.AttemptKey(ns, upload, shard))})
 	}
 	if err != nil {
 		return fmt.Errorf("device %s: %w", m.Record().ID, err)

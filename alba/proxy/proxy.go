@@ -64,6 +64,8 @@ type Options struct {
 	MemoryBytes int64
 	// CacheObjects bounds the manifests kept; 0 means 65536.
 	CacheObjects int
+	// Silent: devices are not told how far the registry is, as it may be thrown away.
+	Silent bool
 	// Report is told of faults; from any goroutine, must not block. May be nil.
 	Report func(Fault)
 	Log    zerolog.Logger
@@ -99,6 +101,8 @@ type Proxy struct {
 	purges   chan struct{} // tokens of purges in the background
 	counters Counters
 	active   sync.Map // upload IDs under way here
+	at       position
+	refused  atomic.Pointer[error] // of Refuse
 
 	writeTimeout time.Duration // the constant of that name, but for tests
 
@@ -129,9 +133,14 @@ func New(ctx context.Context, o Options) (*Proxy, error) {
 	}
 	p := &Proxy{opts: o, reg: o.Registry, fleet: NewFleet(o.Registry, o.Dial, o.Location), memory: semaphore.NewWeighted(o.MemoryBytes),
 		late: make(chan struct{}, lateUploads), purges: make(chan struct{}, purgesAtOnce), writeTimeout: writeTimeout}
+	p.at.news = make(chan struct{}, 1)
+	p.fleet.check, p.fleet.here, p.fleet.refresh = p.checkPosition, p.here, p.reread
 	p.cache.init(o.CacheObjects)
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	events, err := p.reg.Watch(p.ctx, alba.Prefix, 0)
+	if err == nil {
+		err = p.beginGeneration(ctx)
+	}
 	if err == nil {
 		err = p.fleet.Reload(ctx)
 	}
@@ -141,6 +150,9 @@ func New(ctx context.Context, o Options) (*Proxy, error) {
 	}
 	p.wg.Go(func() { p.follow(events) })
 	p.wg.Go(p.poll)
+	if !o.Silent {
+		p.wg.Go(p.tell)
+	}
 	return p, nil
 }
 
@@ -151,6 +163,9 @@ func (p *Proxy) Close() {
 	p.mu.Unlock()
 	p.cancel()
 	p.wg.Wait()
+	if !p.opts.Silent {
+		p.tellLast()
+	}
 	p.fleet.Close()
 }
 
@@ -184,6 +199,7 @@ func (p *Proxy) background(fn func()) bool {
 func (p *Proxy) follow(events <-chan alba.Event) {
 	for {
 		for e := range events {
+			p.saw(e.Revision, worthTelling(e.Key))
 			p.changed(e.Key)
 		}
 		if p.ctx.Err() != nil {
@@ -195,6 +211,9 @@ func (p *Proxy) follow(events <-chan alba.Event) {
 			events = nil
 		}
 		p.cache.dropAll()
+		if err == nil {
+			err = p.reread(p.ctx)
+		}
 		if err == nil {
 			err = p.fleet.Reload(p.ctx)
 		}
@@ -214,6 +233,10 @@ func (p *Proxy) follow(events <-chan alba.Event) {
 
 func (p *Proxy) changed(key string) {
 	switch {
+	case key == alba.HistoryKey:
+		if err := p.reread(p.ctx); err != nil && p.ctx.Err() == nil {
+			p.opts.Log.Warn().Err(err).Msg("the registry's generations can't be read")
+		}
 	case strings.HasPrefix(key, alba.DevicePrefix):
 		if err := p.fleet.Reload(p.ctx); err != nil && p.ctx.Err() == nil {
 			p.opts.Log.Error().Err(err).Msg("device list can't be read")
@@ -228,6 +251,9 @@ func (p *Proxy) poll() {
 	defer t.Stop()
 	for {
 		p.fleet.Poll(p.ctx)
+		if !p.opts.Silent {
+			p.tellNow(p.ctx) // those that are back
+		}
 		select {
 		case <-t.C:
 		case <-p.ctx.Done():
@@ -243,6 +269,9 @@ func (p *Proxy) check(ctx context.Context, ns, name string) error {
 	}
 	if err := ctx.Err(); err != nil {
 		return err
+	}
+	if err := p.refused.Load(); err != nil {
+		return *err
 	}
 	if err := alba.CheckName("namespace", ns); err != nil {
 		return err

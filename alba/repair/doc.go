@@ -29,6 +29,15 @@
 // daemon that made it has no such upload any more, or after Options.IntentAge; that
 // fences the upload, for its commit asserts the intent.
 //
+// Two moves of a shard to one device write the same keys: each puts the ID of its attempt
+// there first, and a deletion, of an orphan or of what a move has left, asserts the one
+// that was there before the registry was read.
+//
+// Nor is anything collected, repaired or moved while a device that is in use was told of
+// changes that the registry lacks (package alba): it was put back from an older backup,
+// and would take for orphans what was stored or moved since. Each deletion asserts on
+// its device that it knows no later change.
+//
 // A device that comes back has missed deletions: its orphans are collected, and the
 // trash is emptied, when it answers again, not at the next search.
 //

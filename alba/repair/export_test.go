@@ -24,6 +24,9 @@ func (m *Maintainer) MendForTest(ctx context.Context, ns, object string) error {
 // SetTasks limits what a pass does.
 func (m *Maintainer) SetTasks(n int) { m.tasks = n }
 
+// SetLook limits how many shards a search for orphans compares at a time.
+func (m *Maintainer) SetLook(n int) { m.look = n }
+
 // PassFaults is a pass over what faults name.
 func (m *Maintainer) PassFaults(ctx context.Context) (Report, error) {
 	var report Report

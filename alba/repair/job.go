@@ -177,8 +177,12 @@ type run struct {
 }
 
 // claim takes a job if it is to be done (always, or only once it was started) and
-// no other daemon is at it: nil if not. A job whose daemon died goes on.
+// no other daemon is at it: nil if not. A job whose daemon died goes on. With a registry
+// that went back nothing is done that deletes anything.
 func (m *Maintainer) claim(ctx context.Context, name string, always bool) (*run, error) {
+	if err := m.p.Older(); err != nil && name != JobVerify {
+		return nil, err
+	}
 	j, rev, err := loadJob(ctx, m.reg, name)
 	if err != nil {
 		return nil, err

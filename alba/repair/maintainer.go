@@ -57,6 +57,7 @@ type Maintainer struct {
 	pace   pace
 	wakeup map[string]chan struct{}
 	tasks  int // of one pass
+	look   int // shards of a device that a search for orphans compares at a time
 }
 
 // New returns a maintainer; Run sets it to work.
@@ -73,7 +74,7 @@ func New(o Options) *Maintainer {
 		o.Faults = NewFaults()
 	}
 	m := &Maintainer{o: o, p: o.Proxy, reg: o.Proxy.Registry(), node: o.Proxy.Node(), log: o.Log,
-		pace: pace{rate: o.BytesPerSecond, busy: o.Busy, now: time.Now, sleep: sleep}, wakeup: map[string]chan struct{}{}, tasks: defaultTasks}
+		pace: pace{rate: o.BytesPerSecond, busy: o.Busy, now: time.Now, sleep: sleep}, wakeup: map[string]chan struct{}{}, tasks: defaultTasks, look: lookShards}
 	for _, name := range jobNames {
 		m.wakeup[name] = make(chan struct{}, 1)
 	}
@@ -96,10 +97,14 @@ func (m *Maintainer) Run(ctx context.Context) {
 
 // loop calls fn now, every so often, and when it is woken.
 func (m *Maintainer) loop(ctx context.Context, name string, every time.Duration, fn func() error) {
+	said := false
 	for {
-		if err := fn(); err != nil && ctx.Err() == nil {
+		err := fn()
+		older := errors.Is(err, proxy.ErrOlder) // which stays so: said once
+		if err != nil && ctx.Err() == nil && !(older && said) {
 			m.log.Error().Err(err).Str("job", name).Msg("maintenance failed; it will be tried again")
 		}
+		said = older
 		t := time.NewTimer(every)
 		select {
 		case <-t.C:
@@ -142,6 +147,9 @@ func (m *Maintainer) repairLoop(ctx context.Context) {
 	m.loop(ctx, JobRepair, m.o.Interval, func() error {
 		now := m.conditions(ctx)
 		m.wake(JobOrphans) // which looks who has come back
+		if err := m.p.Older(); err != nil {
+			return err
+		}
 		asked := m.asked(ctx, JobRepair)
 		if !asked && !left && now == seen && m.o.Faults.Empty() && time.Since(last) < fullPass {
 			return nil

@@ -6,12 +6,9 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	"scoria/alba"
-	"scoria/alba/asd"
-	"scoria/alba/proxy"
 )
 
 // Collect removes what nobody refers to: intents of uploads that died, trash,
@@ -78,6 +75,9 @@ func (m *Maintainer) collectFrom(ctx context.Context, r *run, only func(id strin
 	r.job.Total = int64(len(members))
 	for _, d := range members {
 		id := d.Record().ID
+		if err := m.p.Older(); err != nil {
+			return errors.Join(append(errs, err)...)
+		}
 		if c := m.condition(id); only(id) && (c == Fine || c == Leaving) {
 			if err := m.collectDevice(ctx, r, d); err != nil {
 				errs = append(errs, fmt.Errorf("device %s: %w", id, err))
@@ -157,148 +157,4 @@ func (m *Maintainer) emptyTrash(ctx context.Context, r *run) error {
 		m.log.Info().Int("objects", waiting).Msg("deleted objects wait for devices that are out of reach")
 	}
 	return ctx.Err()
-}
-
-// shardOf names a shard of an upload.
-type shardOf struct {
-	upload alba.ID
-	shard  int
-}
-
-// references is what the registry speaks of on one device, in some namespaces.
-type references struct {
-	shards     map[shardOf]bool
-	busy       map[alba.ID]bool // uploads with an intent or in the trash
-	trash      map[alba.ID]bool
-	namespaces map[alba.ID]bool // all that there are
-}
-
-// references reads the registry for the keys of one page of a device. The manifests of
-// their namespaces are gone through in parts; what is kept of them is the device's.
-func (m *Maintainer) references(ctx context.Context, device string, infos []asd.Info) (*references, error) {
-	refs := &references{shards: map[shardOf]bool{}, busy: map[alba.ID]bool{}, trash: map[alba.ID]bool{}, namespaces: map[alba.ID]bool{}}
-	err := alba.Each(ctx, m.reg, alba.NamespacePrefix, func(kv alba.KV) error {
-		n, err := alba.Decode[alba.Namespace](kv.Value)
-		if err != nil {
-			return fmt.Errorf("%s: %w", kv.Key, err)
-		}
-		refs.namespaces[n.ID] = true
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	// Intents before manifests: an upload that commits in between is in one of them.
-	for _, prefix := range []string{alba.IntentPrefix, alba.TrashPrefix} {
-		err := alba.Each(ctx, m.reg, prefix, func(kv alba.KV) error {
-			_, upload, err := alba.SplitKey(kv.Key, prefix)
-			refs.busy[upload] = true
-			if prefix == alba.TrashPrefix {
-				refs.trash[upload] = true
-			}
-			return err
-		})
-		if err != nil {
-			return nil, err
-		}
-	}
-	of := map[alba.ID]bool{}
-	for _, info := range infos {
-		if ns, _, _, _, err := alba.ParseShardKey(info.Key); err == nil {
-			of[ns] = true
-		}
-	}
-	for ns := range of {
-		err := alba.Each(ctx, m.reg, alba.ObjectKey(ns, ""), func(kv alba.KV) error {
-			man, err := alba.DecodeManifest(kv.Value)
-			if err != nil {
-				return fmt.Errorf("%s: %w", kv.Key, err)
-			}
-			for i, id := range man.Shards {
-				if id == device {
-					refs.shards[shardOf{man.Upload, i}] = true
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return nil, err
-		}
-	}
-	return refs, nil
-}
-
-// used says whether a key of the device is spoken of; true for keys it does not know.
-func (r *references) used(key string) bool {
-	kind, rest, _ := strings.Cut(key, "/")
-	switch kind + "/" {
-	case alba.FragmentPrefix, alba.ShardPrefix:
-		_, upload, shard, _, err := alba.ParseShardKey(key)
-		return err != nil || r.busy[upload] || r.shards[shardOf{upload, shard}]
-	case alba.TombstonePrefix:
-		_, upload, err := alba.SplitKey(key, alba.TombstonePrefix)
-		return err != nil || r.trash[upload]
-	case alba.NamespaceCopyPrefix:
-		ns, err := alba.ParseID(rest)
-		return err != nil || r.namespaces[ns]
-	}
-	return true
-}
-
-// unused returns the deletions of what is not spoken of.
-func (r *references) unused(infos []asd.Info) []asd.Update {
-	var updates []asd.Update
-	for _, info := range infos {
-		if !r.used(info.Key) {
-			updates = append(updates, asd.Delete(info.Key))
-		}
-	}
-	return updates
-}
-
-// collectDevice deletes a device's orphans. The registry is read after the keys were:
-// what is written meanwhile had its intent before.
-func (m *Maintainer) collectDevice(ctx context.Context, r *run, d *proxy.Member) error {
-	c, err := d.Client(ctx)
-	if err != nil {
-		return err
-	}
-	if err := m.p.Own(ctx, c); err != nil {
-		return err
-	}
-	m.p.CopyRecords(ctx, d)
-	id := d.Record().ID
-	refs := new(references)
-	for _, prefix := range []string{alba.FragmentPrefix, alba.ShardPrefix, alba.TombstonePrefix, alba.NamespaceCopyPrefix} {
-		req := asd.RangeRequest{From: prefix, To: proxy.After(prefix), Limit: asd.MaxUpdates}
-		for {
-			if err := r.wait(ctx, 0, unhurried); err != nil {
-				return err
-			}
-			page, err := d.Range(ctx, req, asd.PriorityRepair)
-			if err != nil {
-				return err
-			}
-			// What an older look says is used may stay; the rest is looked up now.
-			updates := refs.unused(page.Infos)
-			if len(updates) > 0 {
-				if refs, err = m.references(ctx, id, page.Infos); err != nil {
-					return err
-				}
-				updates = refs.unused(page.Infos)
-			}
-			if len(updates) > 0 {
-				if err := d.Apply(ctx, nil, updates, asd.PriorityRepair); err != nil {
-					return err
-				}
-				r.job.Problems += int64(len(updates))
-				m.log.Info().Str("asd", id).Int("keys", len(updates)).Msg("orphans deleted")
-			}
-			if !page.More {
-				break
-			}
-			req.From, req.After = page.Infos[len(page.Infos)-1].Key, true
-		}
-	}
-	return nil
 }

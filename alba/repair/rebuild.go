@@ -64,17 +64,19 @@ type rebuild struct {
 	uploads    map[alba.ID]*found
 	deleted    map[alba.ID]bool
 	devices    []alba.Device
+	positions  map[string]alba.Position // of the devices that were read
 }
 
 // RebuildRegistry restores what the registry held of the object store from the devices
 // alone (P10): devices, presets, namespaces with their epochs and wrapped keys, and
-// manifests. The registry must have none of it. devices are all that there are,
+// manifests. The registry must have none of it, and nobody may have told devices how far
+// it is (proxy.Options.Silent). devices are all that there are,
 // with addresses and places; their IDs are filled in. What lies on devices that are
 // missing from the list, or can't be read, is found again when it is repeated with
 // them on an empty registry. Nothing on the devices is changed.
 func RebuildRegistry(ctx context.Context, reg alba.Registry, dial proxy.Dial, devices []alba.Device, log zerolog.Logger) (Rebuilt, error) {
 	b := &rebuild{reg: reg, log: log, presets: map[string]alba.Preset{}, namespaces: map[alba.ID]alba.Namespace{},
-		epochs: map[alba.ID]uint64{}, uploads: map[alba.ID]*found{}, deleted: map[alba.ID]bool{}}
+		epochs: map[alba.ID]uint64{}, uploads: map[alba.ID]*found{}, deleted: map[alba.ID]bool{}, positions: map[string]alba.Position{}}
 	err := b.checkEmpty(ctx)
 	for _, d := range devices {
 		if err != nil {
@@ -145,7 +147,7 @@ func (b *rebuild) device(ctx context.Context, dial proxy.Dial, d alba.Device) (e
 		return fmt.Errorf("ASD %s is of cluster %s, others are of %s: name those of one cluster: %w", d.ID, cluster.Data, b.cluster, proxy.ErrForeign)
 	}
 	b.devices = append(b.devices, d)
-	if err := b.readEpochs(ctx, c); err != nil {
+	if err := b.readEpochs(ctx, c, d.ID); err != nil {
 		b.problem("ASD %s: epochs: %v", d.ID, err)
 	}
 	for prefix, fn := range map[string]func(ctx context.Context, c asd.Client, d, key string) error{
@@ -179,7 +181,7 @@ func (b *rebuild) each(ctx context.Context, c asd.Client, d, prefix string, fn f
 	}
 }
 
-func (b *rebuild) readEpochs(ctx context.Context, c asd.Client) error {
+func (b *rebuild) readEpochs(ctx context.Context, c asd.Client, d string) error {
 	for after := ""; ; {
 		list, more, err := c.Epochs(ctx, after)
 		if err != nil {
@@ -187,6 +189,9 @@ func (b *rebuild) readEpochs(ctx context.Context, c asd.Client) error {
 		}
 		for _, e := range list {
 			after = e.Namespace
+			if e.Namespace == alba.PositionName {
+				b.positions[d] = alba.Position(e.Epoch)
+			}
 			if id, err := alba.ParseID(e.Namespace); err == nil {
 				b.epochs[id] = max(b.epochs[id], e.Epoch)
 			}
@@ -348,6 +353,18 @@ func (b *rebuild) missingNamespaces() {
 	}
 }
 
+// history is the new registry's: it knows what the devices that were read were told, and
+// of no other device.
+func (b *rebuild) history(ctx context.Context) (alba.History, error) {
+	kv, _, err := b.reg.Get(ctx, alba.HistoryKey)
+	if err != nil {
+		return alba.History{}, err
+	}
+	h, err := alba.DecodeHistory(kv)
+	h.Read = b.positions
+	return h, err
+}
+
 // commit writes all to the registry; the namespaces last, so that one that is cut
 // short is seen to be empty and is repeated.
 func (b *rebuild) commit(ctx context.Context) error {
@@ -355,7 +372,11 @@ func (b *rebuild) commit(ctx context.Context) error {
 		return fmt.Errorf("%w: %s", ErrNoneRead, strings.Join(b.report.Problems, "; "))
 	}
 	b.missingNamespaces()
-	writes := []alba.Write{{Key: alba.ClusterKey, Value: []byte(b.cluster)}}
+	history, err := b.history(ctx)
+	if err != nil {
+		return err
+	}
+	writes := []alba.Write{{Key: alba.ClusterKey, Value: []byte(b.cluster)}, {Key: alba.HistoryKey, Value: alba.Encode(history)}}
 	for _, ps := range b.presets {
 		b.report.Presets++
 		writes = append(writes, alba.Write{Key: alba.PresetKey(ps.Name), Value: alba.Encode(ps)})

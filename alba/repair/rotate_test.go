@@ -28,9 +28,10 @@ func rotationRig(t *testing.T) *rig {
 	return r
 }
 
-// withKeys returns a proxy with these master keys, the one in use first.
+// withKeys returns a proxy with these master keys, the one in use first, which does
+// nothing on devices but what it is told.
 func (r *rig) withKeys(digits ...string) *proxy.Proxy {
-	return r.Proxy(r.t, alba.Preset{}, func(o *proxy.Options) { o.Keys = albatest.Keys(r.t, digits...) })
+	return r.Proxy(r.t, alba.Preset{}, func(o *proxy.Options) { o.Keys, o.Silent = albatest.Keys(r.t, digits...), true })
 }
 
 // rebuilt reads everything from a registry made anew from devices, with master key "b"

@@ -153,10 +153,11 @@ func (h *Host) openParts(ctx context.Context, fsys vfs.FS) error {
 		return err
 	}
 	h.undoLater(store.Close)
-	if h.objects, err = openObjectStore(ctx, h.parts, h.reg, h.id.ID, &h.config, h.log); err != nil {
+	if h.objects, err = openObjectStore(ctx, h.parts, h.reg, h.id.ID, &h.config, false, h.log); err != nil {
 		return err
 	}
 	h.undoLater(h.objects.close)
+	older := h.objects.refuseOlder(ctx)
 	h.engine, err = h.parts.OpenEngine(ctx, driver.Config{
 		FS: fsys, DataDir: h.config.DataDir, PoolFile: h.pool, PoolBytes: h.poolLen,
 		CacheBytes: int64(h.config.Cache.Local), ReadCacheBytes: int64(h.config.Cache.Read),
@@ -183,7 +184,7 @@ func (h *Host) openParts(ctx context.Context, fsys vfs.FS) error {
 		return err
 	}
 	h.volumes = NewVolumeSet(h.reg, h.engine, store, h.id.ID, h.config.vhostSocket, h.log)
-	h.volumes.presetStore = h.objects.store
+	h.volumes.presetStore, h.volumes.objectsOlder = h.objects.store, older
 	return nil
 }
 

@@ -77,6 +77,9 @@ func (h *VolumeSet) Finish(ctx context.Context) error {
 	}
 	for _, e := range entries {
 		name := e.Record.FullName()
+		if h.objectsOlder != nil && e.Record.Preset != "" {
+			continue
+		}
 		if done, err := h.finishedBefore(ctx, e); err != nil {
 			h.log.Error().Err(err).Str("volume", name).Msg("whether an unfinished volume was finished after all can't be told, and so nothing is done to it; will be tried at the next start")
 			continue

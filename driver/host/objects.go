@@ -98,8 +98,8 @@ var (
 func (borrowed) Close() error { return nil }
 
 // openObjectStore reads which storage daemons there are. None is needed to be up. Of
-// parts it takes FS and DialASD.
-func openObjectStore(ctx context.Context, parts Parts, reg registry.Store, node string, c *Config, log zerolog.Logger) (*objectStore, error) {
+// parts it takes FS and DialASD. silent: they are not told how far this registry is.
+func openObjectStore(ctx context.Context, parts Parts, reg registry.Store, node string, c *Config, silent bool, log zerolog.Logger) (*objectStore, error) {
 	name, err := os.Hostname()
 	if err != nil {
 		return nil, err
@@ -116,7 +116,7 @@ func openObjectStore(ctx context.Context, parts Parts, reg registry.Store, node 
 		dial = o.dial
 	}
 	faults := repair.NewFaults()
-	o.proxy, err = proxy.New(ctx, proxy.Options{Registry: AlbaRegistry{reg}, Dial: dial, Node: node, Keys: o.keys,
+	o.proxy, err = proxy.New(ctx, proxy.Options{Registry: AlbaRegistry{reg}, Dial: dial, Node: node, Keys: o.keys, Silent: silent,
 		Location: proxy.Location{Host: name, Rack: c.Backend.Rack, Datacentre: c.Backend.Datacentre},
 		Report:   o.report(faults), Log: o.log})
 	if err != nil {
@@ -125,6 +125,33 @@ func openObjectStore(ctx context.Context, parts Parts, reg registry.Store, node 
 	o.keeper = repair.New(repair.Options{Proxy: o.proxy, Faults: faults, DownAfter: time.Duration(c.Backend.RepairAfter),
 		BytesPerSecond: int64(c.Backend.RepairRate), Busy: o.guestsWait, Log: o.log})
 	return o, nil
+}
+
+// refuseOlder looks, for as long as olderWait, whether the registry knows all that
+// the storage daemons were told. If it does not, it was put back from an older backup,
+// and nothing of the object store is used: volumes would be what they were then, and
+// what they write would be mixed with what was written since. It says so.
+func (o *objectStore) refuseOlder(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, olderWait)
+	defer cancel()
+	o.proxy.Fleet().Poll(ctx)
+	err := o.proxy.Older()
+	if err != nil {
+		o.log.Error().Err(err).Str("condition", olderCode).Msg(o.olderAdvice())
+		o.proxy.Refuse(fmt.Errorf("%w; %s", err, o.olderAdvice()))
+	}
+	return err
+}
+
+// olderWait bounds what a start waits for storage daemons; what is of one that does not
+// answer until then is not used before it has said what it was told.
+const olderWait = 500 * time.Millisecond
+
+const olderCode = "registry-is-older"
+
+func (o *objectStore) olderAdvice() string {
+	return fmt.Sprintf("the registry was put back from an older copy: stop scoriad and run `scoria backend rebuild-registry --data-dir %s`, naming all storage daemons; "+
+		"it makes the registry anew from them and keeps this one under another name", o.config.DataDir)
 }
 
 // guestsWait implements repair.Options.Busy.
@@ -239,6 +266,11 @@ func (o *objectStore) conditions() []control.Condition {
 	for _, m := range o.proxy.Fleet().Members() {
 		r := m.Record()
 		if r.State == alba.DeviceRemoved {
+			continue
+		}
+		if err := m.Older(); err != nil {
+			list = append(list, control.Condition{Code: olderCode, Message: fmt.Sprintf("storage daemon %s at %s is not used, and maintenance stands still: %v; %s; or, if that storage daemon alone is to be given up, `scoria asd remove %s`",
+				r.ID, r.Address, err, o.olderAdvice(), r.ID)})
 			continue
 		}
 		if reason, since := m.Down(); reason != "" {

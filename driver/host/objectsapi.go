@@ -25,7 +25,7 @@ func objectError(err error) error {
 		alba.ErrPreset: control.CodeInvalid, alba.ErrName: control.CodeInvalid, alba.ErrNoKey: control.CodeInvalid,
 		asd.ErrWrongASD: control.CodeInvalid, asd.ErrInvalid: control.CodeInvalid,
 		proxy.ErrForeign: control.CodeInUse, proxy.ErrNoPreset: control.CodeNotFound, proxy.ErrDevice: control.CodeNotFound,
-		repair.ErrNoJob: control.CodeNotFound, asd.ErrUnavailable: control.CodeUnavailable,
+		repair.ErrNoJob: control.CodeNotFound, proxy.ErrOlder: control.CodeInUse, asd.ErrUnavailable: control.CodeUnavailable,
 	} {
 		if errors.Is(err, target) {
 			return &control.Error{Code: code, Message: err.Error()}

@@ -235,7 +235,7 @@ func (r *rebuilder) build(ctx context.Context, name string, devices []alba.Devic
 			len(r.report.Lost), len(r.report.Missing), firstOf(r.report.Lost), firstOf(r.report.Missing), firstOf(r.report.Problems))
 	}
 	// Again, with the storage daemons that are known now.
-	if r.objects, err = openObjectStore(ctx, Parts{FS: r.fs}, r.reg, r.node, &r.config, r.log); err != nil {
+	if r.objects, err = openObjectStore(ctx, Parts{FS: r.fs}, r.reg, r.node, &r.config, true, r.log); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.objects.close()) }()
@@ -286,7 +286,7 @@ func firstOf(list []string) string {
 }
 
 func (r *rebuilder) restoreObjects(ctx context.Context, devices []alba.Device) (err error) {
-	o, err := openObjectStore(ctx, Parts{FS: r.fs}, r.reg, r.node, &r.config, r.log)
+	o, err := openObjectStore(ctx, Parts{FS: r.fs}, r.reg, r.node, &r.config, true, r.log)
 	if err != nil {
 		return err
 	}

@@ -361,7 +361,7 @@ func TestP10VolumesWithoutACopy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o, err := openObjectStore(ctx, Parts{FS: vfs.OS()}, reg, "test", &c, zerolog.Nop())
+	o, err := openObjectStore(ctx, Parts{FS: vfs.OS()}, reg, "test", &c, true, zerolog.Nop())
 	for _, name := range []string{"v", "c"} {
 		if err != nil {
 			break

@@ -37,6 +37,10 @@ type VolumeSet struct {
 	// daemon has none. Set before the first volume is touched.
 	presetStore func(preset string) driver.Store
 
+	// objectsOlder, if set, says that the registry is older than the object store: no
+	// unfinished operation on a volume there is finished or undone. Set like presetStore.
+	objectsOlder error
+
 	// socketPath returns where a volume's vhost socket lies.
 	socketPath func(pool, name string) string
 

@@ -1,0 +1,222 @@
+package repair_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"scoria/alba"
+	"scoria/alba/albatest"
+	"scoria/alba/asd/asdtest"
+	"scoria/alba/proxy"
+	"scoria/alba/repair"
+)
+
+// putBack ends the proxy and puts a backup in the registry's place.
+func (r *rig) putBack(backup *albatest.Registry) {
+	r.t.Helper()
+	r.p.Close()
+	r.Reg = backup
+	r.restart()
+}
+
+// restart opens the registry with a new proxy.
+func (r *rig) restart() {
+	r.p.Close()
+	r.p = r.Proxy(r.t, alba.Preset{Name: "p"}, func(o *proxy.Options) { o.Keys = albatest.Keys(r.t, "a") })
+	r.m = r.maintainer(r.p, func(o *repair.Options) { o.DownAfter, o.IntentAge = time.Nanosecond, time.Nanosecond })
+}
+
+// maintain does everything that deletes something, and must not be able to.
+func (r *rig) maintainOlder() {
+	r.t.Helper()
+	r.p.Fleet().Poll(r.t.Context())
+	if _, err := r.m.Collect(r.t.Context()); !errors.Is(err, proxy.ErrOlder) {
+		r.t.Errorf("collected: %v", err)
+	}
+	if _, err := r.m.Pass(r.t.Context()); !errors.Is(err, proxy.ErrOlder) {
+		r.t.Errorf("repaired: %v", err)
+	}
+	must(r.t, r.m.Start(r.t.Context(), repair.JobRebalance))
+	if err := r.m.RunJob(r.t.Context(), repair.JobRebalance); !errors.Is(err, proxy.ErrOlder) {
+		r.t.Errorf("rebalanced: %v", err)
+	}
+}
+
+// rebuildAll makes the registry anew from devices and uses it.
+func (r *rig) rebuildAll(disks []*albatest.Disk) repair.Rebuilt {
+	r.t.Helper()
+	r.p.Close()
+	r.Reg = albatest.NewRegistry()
+	var devices []alba.Device
+	for _, d := range disks {
+		devices = append(devices, r.Record(d))
+	}
+	report, err := repair.RebuildRegistry(r.t.Context(), r.Reg, r.Dial, devices, zerolog.Nop())
+	must(r.t, err)
+	r.restart()
+	return report
+}
+
+// TestOlderRegistryDeletesNothing: with a registry that was put back from a backup, what
+// was stored, moved or committed since is not taken for orphans, also not after several
+// restarts; the registry is rebuilt from the devices, and all is there.
+func TestOlderRegistryDeletesNothing(t *testing.T) {
+	ps := albatest.Preset(alba.Policy{K: 1, M: 0, C: 1, X: 1})
+	for what, since := range map[string]func(r *rig) *albatest.Registry{
+		"stored since": func(r *rig) *albatest.Registry {
+			backup := r.Reg.Backup()
+			r.put("new", 40_000)
+			return backup
+		},
+		"moved since": func(r *rig) *albatest.Registry {
+			backup := r.Reg.Backup()
+			for _, d := range r.Disks[:2] {
+				must(r.t, r.p.SetDeviceState(r.t.Context(), d.ID, alba.DeviceDraining))
+			}
+			r.pass()
+			return backup
+		},
+		"committed since": func(r *rig) *albatest.Registry {
+			// The backup has the upload's intent.
+			var backup *albatest.Registry
+			reg := r.Reg
+			reg.SetHook(func(writes []alba.Write) error {
+				if strings.HasPrefix(writes[0].Key, alba.ObjectPrefix) && backup == nil {
+					backup = reg.Backup()
+				}
+				return nil
+			})
+			r.put("new", 40_000)
+			reg.SetHook(nil)
+			return backup
+		},
+		"deleted and stored since": func(r *rig) *albatest.Registry {
+			backup := r.Reg.Backup()
+			must(r.t, r.p.Delete(r.t.Context(), ns, "o1", 1))
+			delete(r.objects, "o1")
+			r.put("new", 40_000)
+			r.settle()
+			return backup
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			r := newRig(t, 3, ps, nil)
+			for i := range 4 {
+				r.put(fmt.Sprint("o", i), 30_000)
+			}
+			backup := since(r)
+			before := fmt.Sprint(r.keys(alba.FragmentPrefix, alba.ShardPrefix))
+			r.putBack(backup)
+			for range 3 {
+				r.maintainOlder()
+				if after := fmt.Sprint(r.keys(alba.FragmentPrefix, alba.ShardPrefix)); after != before {
+					t.Fatalf("of\n%s\nare left\n%s", before, after)
+				}
+				if err := r.p.Put(t.Context(), ns, "fork", 1, bytes.NewReader(nil), 0); err == nil {
+					t.Fatal("an older registry's owner stores something")
+				}
+				r.restart()
+			}
+			if report := r.rebuildAll(r.Disks); report.Objects != len(r.objects) || len(report.Lost) > 0 {
+				t.Fatalf("%+v", report)
+			}
+			r.expectAll(r.p)
+			r.settle()
+			r.expectAll(r.p)
+			r.put("after", 20_000)
+			r.restart()
+			r.settle()
+			r.expectAll(r.p)
+			r.expectClean()
+		})
+	}
+}
+
+// TestDeviceThatKnowsMore: a device that was away when the registry was put back is
+// found to know more when it returns, however many changes there were meanwhile; and
+// nothing happens to it. The others go on but for maintenance.
+func TestDeviceThatKnowsMore(t *testing.T) {
+	ps := albatest.Preset(alba.Policy{K: 1, M: 0, C: 1, X: 1})
+	r := newRig(t, 3, ps, nil)
+	r.put("o", 30_000)
+	r.settle()
+	r.p.Close() // all were told
+	backup := r.Reg.Backup()
+	r.restart()
+	for i := range 12 {
+		r.put(fmt.Sprint("new", i), 30_000)
+	}
+	r.p.Close()
+	// Of the daemons' disks only the first remembers: the others were put back, too.
+	knows := r.Disks[0]
+	before := fmt.Sprint(knows.Keys(t))
+	for _, d := range r.Disks[1:] {
+		forgetPosition(t, r, d)
+	}
+	knows.Faulty.Set(asdtest.Fault{Down: true})
+	r.putBack(backup)
+	for range 100 {
+		_, err := r.Reg.Commit(t.Context(), nil, []alba.Write{{Key: "x", Value: []byte("x")}})
+		must(t, err)
+	}
+	r.p.Fleet().Poll(t.Context())
+	must(t, r.p.Put(t.Context(), ns, "other", 1, bytes.NewReader(nil), 0))
+	must(t, r.p.Older())
+	r.restart()
+	knows.Faulty.Set(asdtest.Fault{})
+	albatest.Eventually(t, "the device is asked", func() bool {
+		r.p.Fleet().Poll(t.Context())
+		return r.p.Older() != nil
+	})
+	r.maintainOlder()
+	if after := fmt.Sprint(knows.Keys(t)); after != before {
+		t.Fatalf("of\n%s\nare left\n%s", before, after)
+	}
+	if reason, _ := r.p.Fleet().Member(knows.ID).Down(); reason == "" {
+		t.Error("the device is used")
+	}
+	must(t, r.p.Put(t.Context(), ns, "another", 1, bytes.NewReader(nil), 0))
+	// Given up, it is in nobody's way.
+	must(t, r.p.SetDeviceState(t.Context(), knows.ID, alba.DeviceRemoved))
+	_, err := r.m.Collect(t.Context())
+	must(t, err)
+}
+
+// forgetPosition makes a device anew with the same values, and of what it was told
+// nothing.
+func forgetPosition(t *testing.T, r *rig, d *albatest.Disk) {
+	t.Helper()
+	d.Model = asdtest.NewModel(d.ID)
+	d.Faulty = asdtest.NewFaulty(d.Model)
+}
+
+// TestRebuiltWithoutDevice: a device that a registry was rebuilt without is not used, and
+// nothing is collected from it; with it the registry is rebuilt anew.
+func TestRebuiltWithoutDevice(t *testing.T) {
+	ps := albatest.Preset(alba.Policy{K: 1, M: 0, C: 1, X: 1})
+	r := newRig(t, 3, ps, nil)
+	for i := range 9 {
+		r.put(fmt.Sprint("o", i), 30_000)
+	}
+	left := r.Disks[0]
+	before := fmt.Sprint(left.Keys(t))
+	r.rebuildAll(r.Disks[1:])
+	if _, err := r.p.AddDevice(t.Context(), r.Record(left)); !errors.Is(err, proxy.ErrOlder) {
+		t.Fatalf("taken in: %v", err)
+	}
+	_, err := r.m.Collect(t.Context())
+	must(t, err)
+	if after := fmt.Sprint(left.Keys(t)); after != before {
+		t.Fatalf("of\n%s\nare left\n%s", before, after)
+	}
+	r.rebuildAll(r.Disks)
+	r.expectAll(r.p)
+	r.settle()
+	r.expectAll(r.p)
+}
