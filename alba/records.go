@@ -379,6 +379,24 @@ const (
 	ClusterCopyKey = "c"
 )
 
+// CopyName is under which name a device keeps CopyOrder of the copy of a namespace that it
+// has, as if it were a namespace's epoch: so an older copy never replaces a later one.
+func CopyName(ns ID) string { return CopyNamePrefix + ns.String() }
+
+// CopyNamePrefix is what CopyName begins with.
+const CopyNamePrefix = "~copy/"
+
+// CopyOrder orders copies of a namespace's record: of two the later one has the larger
+// epoch, and with the same, a key that was wrapped more often.
+func (n *Namespace) CopyOrder() uint64 {
+	const keyBits = 20
+	wrapped := uint64(0)
+	if n.Key != nil {
+		wrapped = 1 + uint64(n.Key.Rotations)
+	}
+	return min(n.Epoch, 1<<(64-keyBits)-1)<<keyBits | min(wrapped, 1<<keyBits-1)
+}
+
 // PositionName is under which name a device keeps the position of the registry that it
 // was told last, as if it were a namespace's epoch: so it never goes back.
 const PositionName = "~registry"

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"scoria/alba"
@@ -240,38 +241,50 @@ func (p *Proxy) CopyRecords(ctx context.Context, m *Member) {
 }
 
 func (p *Proxy) copyRecords(ctx context.Context, m *Member) error {
-	var updates []asd.Update
+	var copies [][]asd.Update
 	for _, prefix := range []string{alba.PresetPrefix, alba.NamespacePrefix} {
-		kvs, err := p.reg.List(ctx, prefix)
+		err := alba.Each(ctx, p.reg, prefix, func(kv alba.KV) error {
+			if prefix == alba.PresetPrefix {
+				copies = append(copies, []asd.Update{asd.Put(alba.PresetCopyKey(strings.TrimPrefix(kv.Key, prefix)), asd.NewValue(kv.Value))})
+				return nil
+			}
+			n, err := alba.Decode[alba.Namespace](kv.Value)
+			if err != nil {
+				return fmt.Errorf("%s: %w", kv.Key, err)
+			}
+			if !n.Deleting {
+				copies = append(copies, namespaceCopy(&n))
+			}
+			return nil
+		})
 		if err != nil {
 			return err
 		}
-		for _, kv := range kvs {
-			key := alba.PresetCopyKey(strings.TrimPrefix(kv.Key, prefix))
-			if prefix == alba.NamespacePrefix {
-				n, err := alba.Decode[alba.Namespace](kv.Value)
-				if err != nil {
-					return fmt.Errorf("%s: %w", kv.Key, err)
-				}
-				if n.Deleting {
-					continue
-				}
-				key = alba.NamespaceCopyKey(n.ID)
-			}
-			updates = append(updates, asd.Put(key, asd.NewValue(kv.Value)))
-		}
 	}
-	for len(updates) > 0 {
-		part := updates[:min(len(updates), asd.MaxUpdates)]
-		updates = updates[len(part):]
-		limited, cancel := context.WithTimeout(ctx, purgeTimeout)
-		err := m.Apply(limited, nil, part, asd.PriorityRepair)
-		cancel()
-		if err != nil {
+	for part := range slices.Chunk(copies, asd.MaxUpdates/2) {
+		if err := m.putCopies(ctx, part); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// putCopies puts copies of records, but for those of which the device has later ones.
+func (m *Member) putCopies(ctx context.Context, copies [][]asd.Update) error {
+	for {
+		limited, cancel := context.WithTimeout(ctx, purgeTimeout)
+		err := m.Apply(limited, nil, slices.Concat(copies...), asd.PriorityRepair)
+		cancel()
+		id := laterCopy(err)
+		if id == "" {
+			return err
+		}
+		left := slices.DeleteFunc(slices.Clone(copies), func(c []asd.Update) bool { return strings.HasSuffix(c[0].Key, "/"+id) })
+		if len(left) == len(copies) || len(left) == 0 {
+			return nil
+		}
+		copies = left
+	}
 }
 
 // ErrOldKeys: devices still have copies of keys that are wrapped by another master key.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -397,7 +398,7 @@ func (m *Member) Apply(ctx context.Context, asserts []asd.Assert, updates []asd.
 
 // ApplyOwned is Apply for the owner of a namespace: with its epoch asserted, the
 // namespace's epoch raised where the device has not heard of it, and a copy of the
-// namespace's record.
+// namespace's record unless the device has a later one.
 func (m *Member) ApplyOwned(ctx context.Context, n *namespace, epoch uint64, updates []asd.Update, pri asd.Priority) error {
 	return m.owned(n, epoch, updates, func(asserts []asd.Assert, updates []asd.Update) error {
 		return m.Apply(ctx, asserts, updates, pri)
@@ -415,11 +416,15 @@ func (m *Member) owned(n *namespace, epoch uint64, updates []asd.Update, apply f
 	m.mu.Lock()
 	known := m.copies[id]
 	m.mu.Unlock()
-	if known < n.rev {
-		all = append(all, asd.Put(alba.NamespaceCopyKey(n.ID), asd.NewValue(alba.Encode(n.Namespace))))
+	asserts := []asd.Assert{asd.AssertEpoch(id, epoch)}
+	if known >= n.rev {
+		return apply(asserts, all)
 	}
-	err := apply([]asd.Assert{asd.AssertEpoch(id, epoch)}, all)
-	if err == nil && known < n.rev {
+	err := apply(asserts, append(all, namespaceCopy(&n.Namespace)...))
+	if laterCopy(err) == id {
+		err = apply(asserts, all)
+	}
+	if err == nil {
 		m.mu.Lock()
 		if len(m.copies) >= maxCopies {
 			clear(m.copies)
@@ -428,6 +433,24 @@ func (m *Member) owned(n *namespace, epoch uint64, updates []asd.Update, apply f
 		m.mu.Unlock()
 	}
 	return err
+}
+
+// namespaceCopy puts a copy of a namespace's record; of two the later one stays.
+func namespaceCopy(n *alba.Namespace) []asd.Update {
+	return []asd.Update{asd.RaiseEpoch(alba.CopyName(n.ID), n.CopyOrder()), asd.Put(alba.NamespaceCopyKey(n.ID), asd.NewValue(alba.Encode(*n)))}
+}
+
+// laterCopy is the ID of the namespace of which a device has a later copy than it was to
+// be given; "" if err says anything else.
+func laterCopy(err error) string {
+	var stale *asd.StaleEpochError
+	if !errors.As(err, &stale) {
+		return ""
+	}
+	if id, ok := strings.CutPrefix(stale.Namespace, alba.CopyNamePrefix); ok {
+		return id
+	}
+	return ""
 }
 
 // ReadAt is asd.Client.ReadAt on the device.

@@ -229,18 +229,10 @@ func (b *rebuild) namespace(ctx context.Context, c asd.Client, _, key string) er
 	old, ok := b.namespaces[n.ID]
 	// Of several copies the latest: the one with the largest epoch, and with a key, that
 	// which was wrapped last. An older one may need a master key that is gone.
-	if !ok || cmp.Or(cmp.Compare(n.Epoch, old.Epoch), keyed(n)-keyed(old)) > 0 {
+	if !ok || n.CopyOrder() > old.CopyOrder() {
 		b.namespaces[n.ID] = n
 	}
 	return nil
-}
-
-// keyed is 0 for a namespace without a key, else 1 more than its rotations.
-func keyed(n alba.Namespace) int {
-	if n.Key != nil {
-		return 1 + n.Key.Rotations
-	}
-	return 0
 }
 
 func (b *rebuild) tombstone(_ context.Context, _ asd.Client, _, key string) error {

@@ -3,6 +3,7 @@ package repair_test
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -11,6 +12,7 @@ import (
 
 	"scoria/alba"
 	"scoria/alba/albatest"
+	"scoria/alba/asd"
 	"scoria/alba/asd/asdtest"
 	"scoria/alba/proxy"
 	"scoria/alba/repair"
@@ -137,5 +139,56 @@ func TestRotationNeedsAllDevices(t *testing.T) {
 	if _, err := r.Proxy(t, alba.Preset{}, nil).RotateKeys(t.Context()); err == nil {
 		// albatest's proxies have no master keys if they are not told.
 		t.Fatal("rotated without a master key")
+	}
+}
+
+// TestFenceThatIsLate: a fence that reaches the devices after a rotation does not put a key
+// there again that the old master key wraps: a registry made anew needs only the new one.
+func TestFenceThatIsLate(t *testing.T) {
+	r := rotationRig(t)
+	r.p.Close()
+	fencing, rotating := r.withKeys("a"), r.withKeys("b", "a")
+	kv, _, err := r.Reg.Get(t.Context(), alba.NamespaceKey(ns))
+	must(t, err)
+	n, err := alba.Decode[alba.Namespace](kv.Value)
+	must(t, err)
+	var once sync.Once
+	late := 0
+	var mu sync.Mutex
+	for _, d := range r.Disks {
+		d.Faulty.Set(asdtest.Fault{Hook: func(op, key string) error {
+			if op != "Apply" || key != n.ID.String() { // the rotation's begin with a preset
+				return nil
+			}
+			mu.Lock()
+			late++
+			mu.Unlock()
+			once.Do(func() { // the others wait here
+				if n, err := rotating.RotateKeys(t.Context()); n != 2 || err != nil {
+					t.Errorf("%d keys rotated: %v", n, err)
+				}
+			})
+			return nil
+		}})
+	}
+	must(t, fencing.Fence(t.Context(), ns, 5))
+	for _, d := range r.Disks {
+		d.Faulty.Set(asdtest.Fault{})
+	}
+	if late < len(r.Disks) {
+		t.Fatalf("the fence went to %d devices", late)
+	}
+	r.rebuilt(r.Disks)
+	for _, d := range r.Disks {
+		v, err := d.Model.Get(t.Context(), alba.NamespaceCopyKey(n.ID), asd.PriorityRepair)
+		must(t, err)
+		if have, err := alba.Decode[alba.Namespace](v.Data); err != nil || have.Key.Rotations != 1 || have.Epoch != 5 {
+			t.Errorf("%s has epoch %d and a key wrapped %d times: %v", d.ID, have.Epoch, have.Key.Rotations+1, err)
+		}
+		epochs, _, err := d.Model.Epochs(t.Context(), "")
+		must(t, err)
+		if !slices.Contains(epochs, asd.NamespaceEpoch{Namespace: n.ID.String(), Epoch: 5}) {
+			t.Errorf("%s was not fenced: %v", d.ID, epochs)
+		}
 	}
 }

@@ -64,7 +64,7 @@ with --master-keys.`,
 	fl.StringVar(&config, "config", "", "the daemon's configuration (default "+host.DefaultConfigFile+", if it is there)")
 	fl.StringArrayVar(&req.ASDs, "asd", nil, "address of a storage daemon, a directory or HOST:PORT; repeated for all\n(default: asd in the data directory)")
 	fl.StringVar(&masterKeys, "master-keys", "", "file with the master keys of presets that encrypt, in place of the configuration's")
-	fl.BoolVar(&req.Force, "force", false, "replace a registry that has volumes or can't be read; do without what is lost or missing")
+	fl.BoolVar(&req.Force, "force", false, "replace a registry that has volumes and is not older than the storage daemons, or can't be read;\ndo without what is lost or missing")
 	return cmd
 }
 

@@ -26,8 +26,8 @@ type RebuildRequest struct {
 	// ASDs are the addresses of all storage daemons, directories or HOST:PORT; none: the
 	// one that the daemon makes in its data directory.
 	ASDs []string
-	// Force replaces a registry that has volumes or can't be read, and accepts that
-	// objects are lost, storage daemons missing, and volumes left out whose master key is.
+	// Force replaces a registry that has volumes and is not older than what the storage
+	// daemons were told, or that can't be read, and accepts that objects are lost, storage daemons missing, and volumes left out whose master key is.
 	Force bool
 	// Progress is told what is done; may be nil.
 	Progress func(text string)
@@ -64,7 +64,8 @@ type RebuiltVolume struct {
 // Restored are presets, objects, volumes with their names, limits, schedules and what
 // they are clones of, and the pools that have volumes. Snapshots are found when the
 // volumes are opened, which the next start does. Volumes in the directory store and
-// snapshots' later names are not restored. Errors that are the operator's have a
+// snapshots' later names are not restored, but for those that a registry has that was put
+// back from a backup and is older than the storage daemons. Errors that are the operator's have a
 // control.Code.
 func RebuildRegistry(ctx context.Context, c Config, req RebuildRequest, log zerolog.Logger) (RebuildReport, error) {
 	r := &rebuilder{config: c, req: req, log: log, fs: vfs.OS(), report: RebuildReport{
@@ -94,6 +95,10 @@ type rebuilder struct {
 	node   string
 	report RebuildReport
 
+	former  *formerRegistry // the one that is there; nil: there is none, or it can't be read
+	refusal error           // of the former one, unless it is older than the storage daemons
+	older   bool            // it is
+
 	reg     *registry.Embedded // the new one
 	objects *objectStore       // on it
 }
@@ -104,9 +109,12 @@ func (r *rebuilder) problem(format string, args ...any) {
 	r.report.Problems = append(r.report.Problems, fmt.Sprintf(format, args...))
 }
 
-func (r *rebuilder) run(ctx context.Context) error {
+func (r *rebuilder) run(ctx context.Context) (err error) {
 	final := filepath.Join(r.config.DataDir, "registry.db")
 	keep, err := r.examine(ctx, final)
+	if r.former != nil {
+		defer func() { err = errors.Join(err, r.former.close()) }()
+	}
 	if err != nil {
 		return err
 	}
@@ -146,41 +154,26 @@ func (r *rebuilder) examine(ctx context.Context, name string) (keep bool, err er
 	if err != nil {
 		return false, err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	example := filepath.Join(dir, "registry.db")
-	if err := os.WriteFile(example, b, 0o600); err != nil {
+	defer func() {
+		if r.former == nil {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+	}()
+	if err := os.WriteFile(filepath.Join(dir, "registry.db"), b, 0o600); err != nil {
 		return false, err
 	}
-	volumes, err := countVolumes(ctx, example)
+	former, err := openFormer(ctx, dir)
+	r.former = former
 	switch {
 	case ctx.Err() != nil:
 		return false, ctx.Err()
 	case r.req.Force:
 	case err != nil:
 		return false, control.Errorf(control.CodeNeedsForce, "%s is there and can't be read: %v (--force keeps it under another name and makes a new one)", name, err)
-	case volumes > 0:
-		return false, control.Errorf(control.CodeNeedsForce, "%s is there and has %d volumes: start scoriad with it (--force keeps it under another name and makes a new one)", name, volumes)
+	case former.volumes > 0:
+		r.refusal = control.Errorf(control.CodeNeedsForce, "%s is there, has %d volumes, and knows all that the storage daemons were told: start scoriad with it (--force keeps it under another name and makes a new one)", name, former.volumes)
 	}
 	return true, nil
-}
-
-// countVolumes opens a registry that has anything in it.
-func countVolumes(ctx context.Context, name string) (n int, err error) {
-	reg, err := registry.Open(name)
-	if err != nil {
-		return 0, err
-	}
-	defer func() { err = errors.Join(err, reg.Close()) }()
-	all, err := reg.List(ctx, "")
-	if err == nil && len(all) == 0 {
-		err = errors.New("it has no record, though it is not empty")
-	}
-	for _, kv := range all {
-		if strings.HasPrefix(kv.Key, registry.VolumePrefix) {
-			n++
-		}
-	}
-	return n, err
 }
 
 // devices are the storage daemons as the registry is to have them.
@@ -242,7 +235,10 @@ func (r *rebuilder) build(ctx context.Context, name string, devices []alba.Devic
 	if err := r.checkKeys(ctx); err != nil {
 		return err
 	}
-	return r.restoreVolumes(ctx)
+	if err := r.restoreVolumes(ctx); err != nil || !r.older {
+		return err
+	}
+	return r.inherit(ctx)
 }
 
 // checkKeys refuses to go on without the master keys of all volumes: a volume whose
@@ -291,6 +287,14 @@ func (r *rebuilder) restoreObjects(ctx context.Context, devices []alba.Device) (
 		return err
 	}
 	defer func() { err = errors.Join(err, o.close()) }()
+	if r.former != nil {
+		if r.older, err = r.isOlder(ctx, o, devices); err != nil {
+			return err
+		}
+	}
+	if r.refusal != nil && !r.older {
+		return r.refusal
+	}
 	r.say("storage daemons to be read: %d", len(devices))
 	found, err := repair.RebuildRegistry(ctx, AlbaRegistry{r.reg}, o.dial, devices, r.log)
 	r.report.ASDs, r.report.Presets, r.report.Objects = found.Devices, found.Presets, found.Objects
