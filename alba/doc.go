@@ -65,6 +65,7 @@
 //	t/NSID/UPLOAD                this upload is deleted, though another device may
 //	                             still hold some of it
 //	p/NAME                       Preset, a copy
+//	x/ID                         Device that was removed, a copy: what is on it is old
 //	c                            the cluster's ID: a registry that lost its memory
 //	                             must not take what is here for orphans
 //

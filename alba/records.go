@@ -373,6 +373,9 @@ const (
 	NamespaceCopyPrefix = "n/"
 	TombstonePrefix     = "t/"
 	PresetCopyPrefix    = "p/"
+	RemovedCopyPrefix   = "x/"
+
+	StatedPrefix = "~device/" // of names of epochs
 
 	// ClusterCopyKey holds the ID of the cluster that the device belongs to. What a
 	// device of another cluster holds is not this registry's to judge.
@@ -381,10 +384,7 @@ const (
 
 // CopyName is under which name a device keeps CopyOrder of the copy of a namespace that it
 // has, as if it were a namespace's epoch: so an older copy never replaces a later one.
-func CopyName(ns ID) string { return CopyNamePrefix + ns.String() }
-
-// CopyNamePrefix is what CopyName begins with.
-const CopyNamePrefix = "~copy/"
+func CopyName(ns ID) string { return "~copy/" + ns.String() }
 
 // CopyOrder orders copies of a namespace's record: of two the later one has the larger
 // epoch, and with the same, a key that was wrapped more often.
@@ -396,6 +396,13 @@ func (n *Namespace) CopyOrder() uint64 {
 	}
 	return min(n.Epoch, 1<<(64-keyBits)-1)<<keyBits | min(wrapped, 1<<keyBits-1)
 }
+
+// RemovedCopyKey is where a device remembers that another one was removed.
+func RemovedCopyKey(device string) string { return RemovedCopyPrefix + device }
+
+// StatedName is under which name a device keeps the Position at which it was told last
+// whether another one was removed, as if it were a namespace's epoch.
+func StatedName(device string) string { return StatedPrefix + device }
 
 // PositionName is under which name a device keeps the position of the registry that it
 // was told last, as if it were a namespace's epoch: so it never goes back.

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sync/errgroup"
+
 	"scoria/alba"
 	"scoria/alba/asd"
 )
@@ -109,7 +111,7 @@ func (p *Proxy) AddDevice(ctx context.Context, d alba.Device) (alba.Device, erro
 		if err := d.Check(); err != nil {
 			return fail(err)
 		}
-		_, err = p.reg.Commit(ctx, []alba.Compare{{Key: alba.DeviceKey(d.ID), Revision: kv.Revision}, {Key: alba.RemovedKey(d.ID)}},
+		rev, err := p.reg.Commit(ctx, []alba.Compare{{Key: alba.DeviceKey(d.ID), Revision: kv.Revision}, {Key: alba.RemovedKey(d.ID)}},
 			[]alba.Write{{Key: alba.DeviceKey(d.ID), Value: alba.Encode(d)}})
 		if errors.Is(err, alba.ErrConflict) {
 			if err := p.checkRemoved(ctx, d.ID); err != nil {
@@ -118,12 +120,15 @@ func (p *Proxy) AddDevice(ctx context.Context, d alba.Device) (alba.Device, erro
 			continue
 		}
 		if err == nil {
+			p.saw(rev, true)
 			err = p.fleet.Reload(ctx)
 		}
 		if err != nil {
 			return fail(err)
 		}
-		if m := p.fleet.Member(d.ID); m != nil {
+		if ok { // perhaps one that was removed
+			p.copyToAll(ctx)
+		} else if m := p.fleet.Member(d.ID); m != nil {
 			p.CopyRecords(ctx, m)
 		}
 		return d, nil
@@ -185,10 +190,14 @@ func (p *Proxy) SetDeviceState(ctx context.Context, id string, state alba.Device
 		if err := d.Check(); err != nil {
 			return err
 		}
-		_, err = p.reg.Commit(ctx, []alba.Compare{{Key: kv.Key, Revision: kv.Revision}}, []alba.Write{{Key: kv.Key, Value: alba.Encode(d)}})
+		rev, err := p.reg.Commit(ctx, []alba.Compare{{Key: kv.Key, Revision: kv.Revision}}, []alba.Write{{Key: kv.Key, Value: alba.Encode(d)}})
 		if !errors.Is(err, alba.ErrConflict) {
 			if err == nil {
+				p.saw(rev, true)
 				err = p.fleet.Reload(ctx)
+			}
+			if err == nil && state == alba.DeviceRemoved {
+				p.copyToAll(ctx)
 			}
 			return err
 		}
@@ -229,8 +238,8 @@ func (p *Proxy) Presets(ctx context.Context) ([]alba.Preset, error) {
 	return list, nil
 }
 
-// CopyRecords puts copies of all presets and namespaces on a device, for a registry
-// that has to be rebuilt. What fails is logged, and done again by maintenance.
+// CopyRecords puts copies of all presets and namespaces on a device, and which devices
+// were removed, for a registry that has to be rebuilt. What fails is logged, and done again by maintenance.
 func (p *Proxy) CopyRecords(ctx context.Context, m *Member) {
 	if !m.Up() {
 		return
@@ -241,7 +250,10 @@ func (p *Proxy) CopyRecords(ctx context.Context, m *Member) {
 }
 
 func (p *Proxy) copyRecords(ctx context.Context, m *Member) error {
-	var copies [][]asd.Update
+	copies, err := p.stated(ctx)
+	if err != nil {
+		return err
+	}
 	for _, prefix := range []string{alba.PresetPrefix, alba.NamespacePrefix} {
 		err := alba.Each(ctx, p.reg, prefix, func(kv alba.KV) error {
 			if prefix == alba.PresetPrefix {
@@ -269,17 +281,55 @@ func (p *Proxy) copyRecords(ctx context.Context, m *Member) error {
 	return nil
 }
 
+// stated are what a device is to remember of the others: whether they were removed.
+func (p *Proxy) stated(ctx context.Context) ([][]asd.Update, error) {
+	at, ok := p.here()
+	if !ok || p.opts.Silent {
+		return nil, nil
+	}
+	var list [][]asd.Update
+	for _, prefix := range []string{alba.DevicePrefix, alba.RemovedPrefix} {
+		err := alba.Each(ctx, p.reg, prefix, func(kv alba.KV) error {
+			d, err := alba.Decode[alba.Device](kv.Value)
+			if err != nil {
+				return fmt.Errorf("%s: %w", kv.Key, err)
+			}
+			state := asd.Delete(alba.RemovedCopyKey(d.ID))
+			if d.State == alba.DeviceRemoved {
+				state = asd.Put(alba.RemovedCopyKey(d.ID), asd.NewValue(kv.Value))
+			}
+			list = append(list, []asd.Update{asd.RaiseEpoch(alba.StatedName(d.ID), uint64(at)), state})
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return list, nil
+}
+
+// copyToAll gives all devices that are in use and up copies of all records.
+func (p *Proxy) copyToAll(ctx context.Context) {
+	var g errgroup.Group
+	for _, m := range p.fleet.Members() {
+		if m.Record().State != alba.DeviceRemoved {
+			g.Go(func() error { p.CopyRecords(ctx, m); return nil })
+		}
+	}
+	_ = g.Wait()
+}
+
 // putCopies puts copies of records, but for those of which the device has later ones.
 func (m *Member) putCopies(ctx context.Context, copies [][]asd.Update) error {
 	for {
 		limited, cancel := context.WithTimeout(ctx, purgeTimeout)
 		err := m.Apply(limited, nil, slices.Concat(copies...), asd.PriorityRepair)
 		cancel()
-		id := laterCopy(err)
-		if id == "" {
+		name := staleName(err)
+		if name == "" {
 			return err
 		}
-		left := slices.DeleteFunc(slices.Clone(copies), func(c []asd.Update) bool { return strings.HasSuffix(c[0].Key, "/"+id) })
+		left := slices.DeleteFunc(slices.Clone(copies), func(c []asd.Update) bool { return c[0].Key == name })
 		if len(left) == len(copies) || len(left) == 0 {
 			return nil
 		}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -421,7 +420,7 @@ func (m *Member) owned(n *namespace, epoch uint64, updates []asd.Update, apply f
 		return apply(asserts, all)
 	}
 	err := apply(asserts, append(all, namespaceCopy(&n.Namespace)...))
-	if laterCopy(err) == id {
+	if staleName(err) == alba.CopyName(n.ID) {
 		err = apply(asserts, all)
 	}
 	if err == nil {
@@ -440,15 +439,12 @@ func namespaceCopy(n *alba.Namespace) []asd.Update {
 	return []asd.Update{asd.RaiseEpoch(alba.CopyName(n.ID), n.CopyOrder()), asd.Put(alba.NamespaceCopyKey(n.ID), asd.NewValue(alba.Encode(*n)))}
 }
 
-// laterCopy is the ID of the namespace of which a device has a later copy than it was to
-// be given; "" if err says anything else.
-func laterCopy(err error) string {
+// staleName is the name whose epoch a device knows a later one of; "" if err says
+// anything else.
+func staleName(err error) string {
 	var stale *asd.StaleEpochError
-	if !errors.As(err, &stale) {
-		return ""
-	}
-	if id, ok := strings.CutPrefix(stale.Namespace, alba.CopyNamePrefix); ok {
-		return id
+	if errors.As(err, &stale) {
+		return stale.Namespace
 	}
 	return ""
 }

@@ -288,8 +288,7 @@ func (m *Member) checkRegistry(ctx context.Context, c asd.Client) error {
 // the device was told of a change that the registry does not have.
 func (m *Member) ApplyKnowing(ctx context.Context, asserts []asd.Assert, updates []asd.Update) error {
 	err := m.applyKnowing(ctx, asserts, updates)
-	var stale *asd.StaleEpochError
-	if !errors.As(err, &stale) || stale.Namespace != alba.PositionName {
+	if staleName(err) != alba.PositionName {
 		return err
 	}
 	// Another daemon was quicker, or it is another registry's now.

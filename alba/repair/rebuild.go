@@ -65,6 +65,13 @@ type rebuild struct {
 	deleted    map[alba.ID]bool
 	devices    []alba.Device
 	positions  map[string]alba.Position // of the devices that were read
+	stated     map[string]statement     // of devices, by others
+}
+
+// statement is the latest that a device was told of whether another one was removed.
+type statement struct {
+	at      uint64
+	removed bool
 }
 
 // RebuildRegistry restores what the registry held of the object store from the devices
@@ -73,16 +80,19 @@ type rebuild struct {
 // it is (proxy.Options.Silent). devices are all that there are,
 // with addresses and places; their IDs are filled in. What lies on devices that are
 // missing from the list, or can't be read, is found again when it is repeated with
-// them on an empty registry. Nothing on the devices is changed.
+// them on an empty registry. A device that others know to have been removed is left out:
+// what it has may have been deleted since. Nothing on the devices is changed.
 func RebuildRegistry(ctx context.Context, reg alba.Registry, dial proxy.Dial, devices []alba.Device, log zerolog.Logger) (Rebuilt, error) {
 	b := &rebuild{reg: reg, log: log, presets: map[string]alba.Preset{}, namespaces: map[alba.ID]alba.Namespace{},
-		epochs: map[alba.ID]uint64{}, uploads: map[alba.ID]*found{}, deleted: map[alba.ID]bool{}, positions: map[string]alba.Position{}}
+		epochs: map[alba.ID]uint64{}, uploads: map[alba.ID]*found{}, deleted: map[alba.ID]bool{}, positions: map[string]alba.Position{}, stated: map[string]statement{}}
 	err := b.checkEmpty(ctx)
-	for _, d := range devices {
-		if err != nil {
-			break
+	for _, read := range []func(context.Context, proxy.Dial, alba.Device) error{b.statements, b.device} {
+		for _, d := range devices {
+			if err != nil {
+				break
+			}
+			err = read(ctx, dial, d)
 		}
-		err = b.device(ctx, dial, d)
 	}
 	if err == nil {
 		err = b.commit(ctx)
@@ -112,6 +122,36 @@ func (b *rebuild) problem(format string, args ...any) {
 	b.log.Warn().Msg("rebuilding the registry: " + text)
 }
 
+// statements reads what a device was told of others. What can't be read is a problem when
+// the device is read.
+func (b *rebuild) statements(ctx context.Context, dial proxy.Dial, d alba.Device) (err error) {
+	c, err := dial(ctx, d)
+	if err != nil {
+		return ctx.Err()
+	}
+	defer func() { err = errors.Join(err, c.Close()) }()
+	removed := map[string]bool{}
+	_ = b.each(ctx, c, d.ID, alba.RemovedCopyPrefix, func(_ context.Context, _ asd.Client, _, key string) error {
+		removed[key[len(alba.RemovedCopyPrefix):]] = true
+		return nil
+	})
+	for after := alba.StatedPrefix; ; {
+		list, more, err := c.Epochs(ctx, after)
+		if err != nil || len(list) == 0 {
+			return ctx.Err()
+		}
+		for _, e := range list {
+			after = e.Namespace
+			if id, ok := strings.CutPrefix(e.Namespace, alba.StatedPrefix); ok && e.Epoch >= b.stated[id].at {
+				b.stated[id] = statement{e.Epoch, removed[id]}
+			}
+		}
+		if !more {
+			return ctx.Err()
+		}
+	}
+}
+
 // device reads one device. One that can't be read is a problem, not the end: the
 // others may have enough.
 func (b *rebuild) device(ctx context.Context, dial proxy.Dial, d alba.Device) (err error) {
@@ -132,6 +172,10 @@ func (b *rebuild) device(ctx context.Context, dial proxy.Dial, d alba.Device) (e
 	}
 	if err := d.Check(); err != nil {
 		return err
+	}
+	if b.stated[d.ID].removed {
+		b.problem("ASD %s at %s was removed, and what is on it is old: it is left out", d.ID, d.Address)
+		return nil
 	}
 	cluster, err := c.Get(ctx, alba.ClusterCopyKey, asd.PriorityRepair)
 	switch {
@@ -377,7 +421,7 @@ func (b *rebuild) commit(ctx context.Context) error {
 	for _, f := range b.chosen() {
 		man := f.man.Clone()
 		for i, d := range man.Shards {
-			if d != "" && f.shards[i] == "" && !slices.ContainsFunc(b.devices, func(have alba.Device) bool { return have.ID == d }) {
+			if d != "" && f.shards[i] == "" && !b.stated[d].removed && !slices.ContainsFunc(b.devices, func(have alba.Device) bool { return have.ID == d }) {
 				missing[d] = true
 			}
 		}
