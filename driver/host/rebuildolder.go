@@ -114,10 +114,14 @@ func (r *rebuilder) inherit(ctx context.Context) error {
 		return err
 	}
 	for _, s := range schedules {
+		key := registry.PoolScheduleKey(s.Record.Pool)
+		if s.Record.Pool == "" {
+			key = registry.VolumeScheduleKey(s.Record.Volume)
+		}
 		if s.Record.Pool == "" && !there[s.Record.Volume] {
 			continue
 		}
-		if _, err := inheritRecord(ctx, r.reg, scheduleKey(&s.Record), s.Record); err != nil {
+		if _, err := inheritRecord(ctx, r.reg, key, s.Record); err != nil {
 			return err
 		}
 	}
