@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -26,7 +27,7 @@ import (
 //
 //	go test ./driver/host -run TestGoldenDataDirectories -update-golden NAME
 //
-// makes, to goldenVersions; what is there is never changed, so the list has hashes.
+// makes, to goldenVersions, as does who adds a directory to the last version; what is there is never changed, so the list has hashes.
 
 const goldenFiles = "testdata/golden"
 
@@ -45,20 +46,24 @@ type goldenDir struct {
 	name, sha256 string
 	asds         int // 0: the one that the daemon makes by itself; else any one may be away
 	pools        []goldenPool
+	history      func(g *goldenLife, d *goldenDir, root string) // how it is made, if not by adding the storage daemons first
 }
 
 // goldenPool is a pool with a preset, and what becomes of its volumes.
 type goldenPool struct {
 	preset control.Preset // and the pool's name; without policies it is the daemon's own
 	life   func(g *goldenLife, pool string)
+	sco    int64 // bytes; 0: goldenSCO
 }
 
 const goldenRoot = "/golden"
 
 var goldenVersions = []goldenVersion{
 	{"v1", []goldenDir{
-		{name: "default", sha256: "ffeb781fa6fcfcd6958d86f2fdd6723e4a13d68db054dfe2093516575671f19d", pools: []goldenPool{{control.Preset{Name: registry.DefaultPool}, goldenAdopted}}},
+		{name: "default", sha256: "ffeb781fa6fcfcd6958d86f2fdd6723e4a13d68db054dfe2093516575671f19d", pools: []goldenPool{{control.Preset{Name: registry.DefaultPool}, goldenAdopted, 0}}},
 		{name: "presets", sha256: "62f08daad6a1fefd1893eadfa35e0f4b88db2483ed2cd6ef945f14895957a0fe", asds: 3, pools: goldenKinds()},
+		{name: "history", sha256: "aae231aff53f32fcd11fa4b543b6944cb6e9635622677c362411a64d5fc9eb54", asds: 3, pools: []goldenPool{
+			{goldenSafe("plain", "none"), goldenCompacted, goldenSmallSCO}, {goldenSafe("secret", "aes-256-gcm"), goldenTiny, 0}}, history: goldenHistory},
 	}},
 }
 
@@ -109,19 +114,16 @@ func (d *goldenDir) make(t *testing.T) []byte {
 	root := t.TempDir()
 	c := d.config(t, root)
 	h, client := startHost(t, c)
-	ctx := testContext(t)
 	g := &goldenLife{t, h, client, map[string]goldenImage{}}
-	for i := range d.asds {
-		g.must(second(client.AddASD(ctx, control.AddASD{Address: filepath.Join(root, fmt.Sprintf("asd%d", i)), Host: "host"})))
-	}
-	for _, p := range d.pools {
-		if len(p.preset.Policies) > 0 {
-			g.must(second(client.CreatePreset(ctx, p.preset)))
-			g.must(second(client.CreatePool(ctx, control.CreatePool{Name: p.preset.Name, Preset: p.preset.Name, SCOSize: goldenSCO})))
+	if d.history != nil {
+		d.history(g, d, root)
+	} else {
+		for i := range d.asds {
+			g.addASD(root, fmt.Sprintf("asd%d", i))
 		}
-		p.life(g, p.preset.Name)
+		d.lives(g)
 	}
-	stopHost(t, h) // closes the logs, whose ends the next start uploads
+	stopHost(t, g.h) // closes the logs, whose ends the next start uploads
 	g.h, g.client = startHost(t, c)
 	for _, name := range g.volumeNames() {
 		g.must(second(g.h.volumes.Open(testContext(t), name)))
@@ -132,6 +134,19 @@ func (d *goldenDir) make(t *testing.T) []byte {
 	stopHost(t, g.h)
 	moveASDs(t, c.DataDir, root, goldenRoot)
 	return packTree(t, root)
+}
+
+// lives makes the pools and what becomes of their volumes.
+func (d *goldenDir) lives(g *goldenLife) {
+	g.t.Helper()
+	ctx := testContext(g.t)
+	for _, p := range d.pools {
+		if len(p.preset.Policies) > 0 {
+			g.must(second(g.client.CreatePreset(ctx, p.preset)))
+			g.must(second(g.client.CreatePool(ctx, control.CreatePool{Name: p.preset.Name, Preset: p.preset.Name, SCOSize: cmp.Or(p.sco, goldenSCO)})))
+		}
+		p.life(g, p.preset.Name)
+	}
 }
 
 // nothingLocal says whether the object store has all that an open volume holds, and the
@@ -280,12 +295,14 @@ func TestGoldenDataDirectories(t *testing.T) {
 	}
 }
 
-// newGolden makes a version's files, with what the last one in the list had.
+// newGolden makes the files of a version that are not there, with what the last one in
+// the list has.
 func newGolden(t *testing.T, version string) {
 	for _, d := range goldenVersions[len(goldenVersions)-1].dirs {
 		name := d.file(version)
 		if _, err := os.Lstat(name); err == nil {
-			t.Fatalf("%s is there already and is not changed: choose another name", name)
+			t.Logf("%s is there already and is not changed", name)
+			continue
 		}
 		packed := d.make(t)
 		if err := os.WriteFile(name, packed, 0o644); err != nil {
@@ -303,6 +320,9 @@ func (d *goldenDir) testOpen(t *testing.T, version string) {
 		t.Fatalf("status %+v, %v", st, err)
 	}
 	d.testPresets(ctx, g)
+	if d.history != nil {
+		g.hasHistory()
+	}
 	g.compare()
 	if g.h.objects.proxy.Counters().Reads.Load() == 0 {
 		t.Fatal("nothing was read from the object store: the test reads elsewhere")
