@@ -131,7 +131,7 @@ func TestP5OneCopy(t *testing.T) {
 					t.Errorf("%+v: %d clusters are lost; the check says %q, the verification found %d", s, failed, rep.Problems, found)
 				}
 			})
-			if lost == 0 {
+			if lost == 0 && !raceEnabled { // few spots are tried then
 				t.Error("nothing was lost: nothing was tried")
 			}
 		})
