@@ -54,6 +54,20 @@ func Choose(p *alba.Preset, devices []Device, seed alba.ID) (Choice, error) {
 		p.Name, len(ranked), len(devices), last, last.C, last.X, p.Domain, ErrUnsatisfiable)
 }
 
+// Lesser says whether c is under a policy that is only second best for these devices:
+// if all active ones were usable, one before it could be met.
+func (c *Choice) Lesser(p *alba.Preset, devices []Device, seed alba.ID) bool {
+	if c.Index == 0 {
+		return false
+	}
+	all := slices.Clone(devices)
+	for i := range all {
+		all[i].Usable = all[i].State == alba.DeviceActive
+	}
+	best, err := Choose(p, all, seed)
+	return err == nil && best.Index < c.Index
+}
+
 // Refill gives devices to the shards that have none (""); the others stay. It
 // returns the new list and how many are still without. Devices that are in
 // shards but not usable count against their domains, and are not given another.

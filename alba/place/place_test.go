@@ -78,6 +78,14 @@ func TestChoose(t *testing.T) {
 		if err != nil || c.Index != want {
 			rt.Fatalf("chose %v, want policy %d: %v", c, want, err)
 		}
+		all := slices.Clone(devices)
+		for i := range all {
+			all[i].Usable = true
+		}
+		best := slices.IndexFunc(p.Policies, func(pol alba.Policy) bool { return possible(pol, p.Domain, all) >= pol.C })
+		if got := c.Lesser(p, devices, seed); got != (best < c.Index) {
+			rt.Fatalf("policy %d is a lesser one: %v, policy %d would be met by all devices", c.Index, got, best)
+		}
 		if got, want := count(c.Shards), possible(c.Policy, p.Domain, devices); got != want {
 			rt.Fatalf("%d shards placed, %d are possible: %q", got, want, c.Shards)
 		}

@@ -89,7 +89,7 @@ type upload struct {
 	m      *alba.Manifest // Shards: where they shall go. Fixed once the last chunk is handed out.
 	final  *alba.Manifest // what was committed
 	epoch  uint64
-	lesser bool   // there is a better policy than the devices allowed
+	lesser bool   // the devices there are would do for a better policy than those that can be used
 	intent int64  // revision of the intent
 	old    *entry // what it replaces, with the same contents; nil for a new object
 	pri    asd.Priority
@@ -135,13 +135,14 @@ func (p *Proxy) begin(ctx context.Context, n namespace, name string, epoch uint6
 		}
 	}
 	id := alba.NewID()
-	choice, err := place.Choose(&ps, p.fleet.States(ctx), id)
+	devices := p.fleet.States(ctx)
+	choice, err := place.Choose(&ps, devices, id)
 	if err != nil {
 		return nil, p.whyUnsatisfiable(err)
 	}
 	unit := alba.Unit(ps.Compression, ps.Encryption)
 	most := erasure.MaxStored(ps.Compression, ps.Encryption, size)
-	u := &upload{p: p, ns: n, epoch: epoch, old: old, lesser: choice.Index > 0, m: &alba.Manifest{
+	u := &upload{p: p, ns: n, epoch: epoch, old: old, lesser: choice.Lesser(&ps, devices, id), m: &alba.Manifest{
 		Namespace: n.Name, NamespaceID: n.ID, Object: name, Upload: id, Epoch: epoch, Size: size, Created: time.Now().UnixNano(),
 		Preset: ps.Name, Policy: choice.Policy, Domain: ps.Domain, Compression: ps.Compression, Encryption: ps.Encryption,
 		BlockBytes: alba.BlockBytes(ps.Compression), FragmentBytes: alba.PlanFragment(most, choice.Policy.K, ps.FragmentBytes, unit),

@@ -346,11 +346,18 @@ func (r *faultRig) settled(damaged bool) {
 	if err != nil || len(job.Report.Problems) > 0 || job.Report.Clusters == 0 {
 		r.Fatalf("check: %+v, %v", job, err)
 	}
+	var shown string
+	defer func() {
+		if r.Failed() {
+			r.Log("shown at last: ", shown)
+		}
+	}()
 	r.await("no trouble to show any more", func() bool {
 		st, err := r.client.Status(testContext(r.T))
 		r.must(err)
 		v, err := r.client.Volume(testContext(r.T), faultWrite)
 		r.must(err)
+		shown = fmt.Sprint(st.Conditions, v.Conditions)
 		return len(st.Conditions)+len(v.Conditions) == 0
 	})
 }
