@@ -6,10 +6,12 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
+	"scoria/driver"
 	"scoria/driver/block"
 	"scoria/driver/control"
+	"scoria/driver/lba"
+	"scoria/driver/registry"
+	"scoria/driver/sco"
 )
 
 // Bounds of the pause between two attempts to open an awaited volume.
@@ -40,52 +42,115 @@ func (h *VolumeSet) isAwaited(v *volume) bool {
 }
 
 // openAwaited opens awaited volumes side by side and gives each to the front
-// ends. Those that can't be opened are tried again and again, until ctx ends;
-// failures are logged by the opening, and volumes show them. opened is called when
-// all have been tried.
+// ends. Those that can't be opened are tried again and again, each for itself, until
+// ctx ends; failures are logged by the opening, and volumes show them. opened is
+// called when all have been tried.
 func (h *VolumeSet) openAwaited(ctx context.Context, names []string, opened func()) {
-	var (
-		g    errgroup.Group
-		mu   sync.Mutex
-		left []string
-	)
-	g.SetLimit(parallelOpenings)
+	var tried, ended sync.WaitGroup
+	slots := make(chan struct{}, parallelOpenings)
 	for _, name := range names {
-		g.Go(func() error {
-			if !h.openAndServe(ctx, name) {
-				mu.Lock()
-				left = append(left, name)
-				mu.Unlock()
+		tried.Add(1)
+		ended.Go(func() {
+			done := h.openFirst(ctx, name, slots)
+			tried.Done()
+			if !done {
+				h.openAgain(ctx, name)
 			}
-			return nil
 		})
 	}
-	_ = g.Wait() // none of them returns an error
+	tried.Wait()
 	opened()
-	for pause := minReopenPause; len(left) > 0; pause = min(2*pause, maxReopenPause) {
+	ended.Wait()
+}
+
+// openFirst is openAndServe in one of the slots. An opening that takes long, as what it
+// needs does not answer, gives its slot up.
+func (h *VolumeSet) openFirst(ctx context.Context, name string, slots chan struct{}) bool {
+	select {
+	case slots <- struct{}{}:
+	case <-ctx.Done():
+		return true
+	}
+	leave := sync.OnceFunc(func() { <-slots })
+	late := time.AfterFunc(maxReopenPause, leave)
+	defer func() {
+		late.Stop()
+		leave()
+	}()
+	return h.openAndServe(ctx, name)
+}
+
+// openAgain tries until there is nothing left to do.
+func (h *VolumeSet) openAgain(ctx context.Context, name string) {
+	for pause := minReopenPause; ; pause = min(2*pause, maxReopenPause) {
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
 			return
 		}
-		var still []string
-		for _, name := range left {
-			if !h.openAndServe(ctx, name) {
-				still = append(still, name)
-			}
+		if h.openAndServe(ctx, name) {
+			return
 		}
-		left = still
 	}
 }
 
-// openAndServe reports whether there is nothing left to do for an awaited volume.
+// hopeless says that an opening failed for something that no waiting mends: what the
+// store has is damaged, or another daemon owns the volume. Whoever wants the volume has
+// it tried again all the same.
+func hopeless(err error) bool {
+	for _, why := range []error{block.ErrCorrupt, driver.ErrStaleEpoch, lba.ErrFormat, sco.ErrFormat, registry.ErrVersion} {
+		if errors.Is(err, why) {
+			return true
+		}
+	}
+	return false
+}
+
+// engineError is an opening's failure in the engine: in the store, or on the disk.
+type engineError struct{ err error }
+
+func (e *engineError) Error() string { return e.err.Error() }
+func (e *engineError) Unwrap() error { return e.err }
+
+// insist has a volume whose opening failed tried again in the background, if that may
+// help: nobody has to ask for it again. Those that are awaited are tried anyway.
+// Caller holds mu.
+func (h *VolumeSet) insist(v *volume, err error) {
+	var engine *engineError
+	if h.closed || v.awaited || v.insisting || !errors.As(err, &engine) || hopeless(err) {
+		return
+	}
+	v.insisting = true
+	h.wg.Go(func() {
+		h.openAgain(h.ctx, v.name)
+		h.mu.Lock()
+		v.insisting = false
+		h.mu.Unlock()
+	})
+}
+
+// openAndServe reports whether there is nothing left to do for a volume: it is open and
+// served, or gone, or no further attempt could help.
 func (h *VolumeSet) openAndServe(ctx context.Context, name string) bool {
 	if _, err := h.open(ctx, name); err != nil {
-		return errors.Is(err, block.ErrNotFound) || ctx.Err() != nil
+		return errors.Is(err, block.ErrNotFound) || hopeless(err) || ctx.Err() != nil
+	}
+	h.serveAwaited(ctx, name)
+	return true
+}
+
+// serveAwaited gives a volume that was awaited and is open to the front ends.
+func (h *VolumeSet) serveAwaited(ctx context.Context, name string) {
+	h.mu.Lock()
+	v := h.volumes[name]
+	nothing := v == nil || !v.awaited && len(v.gate) == 0 // else somebody may be serving it
+	h.mu.Unlock()
+	if nothing {
+		return
 	}
 	v, leave, err := h.enter(ctx, name)
 	if err != nil {
-		return true // ctx has ended
+		return // ctx has ended
 	}
 	defer leave()
 	h.mu.Lock()
@@ -95,7 +160,6 @@ func (h *VolumeSet) openAndServe(ctx context.Context, name string) bool {
 	if serve {
 		h.serve(v)
 	}
-	return true
 }
 
 // troubled is a front end that knows of troubles of its users.

@@ -68,7 +68,7 @@ func TestP3AwaitedVolumesOpenBeforeTheyAreServed(t *testing.T) {
 	}
 	close(goOn)
 	<-tried
-	if front.has("default/slow") || !show("slow", "open-failed") {
+	if front.has("default/slow") || !show("slow", "opening") {
 		t.Fatal("a volume that did not open is served, or does not show why not")
 	}
 	b.engine.mu.Lock()
@@ -77,7 +77,7 @@ func TestP3AwaitedVolumesOpenBeforeTheyAreServed(t *testing.T) {
 	eventually(t, "both volumes to be served", func() bool { return front.has("default/slow") && front.has("default/broken") })
 	<-ended
 	cancel()
-	if v, err := api.Volume(ctx, "slow"); err != nil || show("slow", "open-failed") || !v.Open {
+	if v, err := api.Volume(ctx, "slow"); err != nil || show("slow", "opening") || !v.Open {
 		t.Fatalf("%+v, %v", v, err)
 	}
 	// Closing ends attempts that never succeed.

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -235,8 +237,10 @@ func (h *VolumeSet) troubles(name string) []control.Condition {
 		list = append(list, control.Condition{Code: "not-served", Message: text})
 	}
 	switch {
+	case v.dev == nil && v.openErr != nil && (v.awaited || v.insisting) && !hopeless(v.openErr):
+		list = append(list, control.Condition{Code: "opening", Message: v.waitingText()})
 	case v.dev == nil && v.openErr != nil && v.awaited:
-		list = append(list, control.Condition{Code: "open-failed", Message: v.openErr.Error() + "; it is tried again every few seconds, and its sockets are there when it is open"})
+		list = append(list, control.Condition{Code: "open-failed", Message: v.openErr.Error() + "; waiting does not mend that, so it is not tried again by itself: `scoria volume check " + name + "` does, and says more"})
 	case v.dev == nil && v.openErr != nil:
 		list = append(list, control.Condition{Code: "open-failed", Message: v.openErr.Error()})
 	case v.awaited:
@@ -244,6 +248,36 @@ func (h *VolumeSet) troubles(name string) []control.Condition {
 	}
 	return list
 }
+
+// waitingText says what the opening of a volume waits for. Caller holds mu.
+func (v *volume) waitingText() string {
+	text := "waiting for what it needs to be opened: " + v.openErr.Error() + "; it is tried again every few seconds; if it is the store that does not answer, `scoria asd list` says which storage daemon is down and why"
+	if v.awaited {
+		text += "; its socket is there when it is open, and a guest goes on then"
+	}
+	return text
+}
+
+// waiting lists the volumes whose opening waits for something.
+func (h *VolumeSet) waiting() []control.Condition {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var names []string
+	for name, v := range h.volumes {
+		if v.dev == nil && v.openErr != nil && (v.awaited || v.insisting) && !hopeless(v.openErr) {
+			names = append(names, name)
+		}
+	}
+	if len(names) == 0 {
+		return nil
+	}
+	slices.Sort(names)
+	return []control.Condition{{Code: "opening", Message: fmt.Sprintf("waiting to open %s: %s; tried again every few seconds (`scoria volume show` says more)",
+		strings.Join(names[:min(len(names), maxWaitingNames)], ", "), h.volumes[names[0]].openErr)}}
+}
+
+// maxWaitingNames bounds what the daemon's status names.
+const maxWaitingNames = 8
 
 func (b *backend) CreateVolume(ctx context.Context, req control.CreateVolume) (control.Volume, error) {
 	r, err := b.create(ctx, req)

@@ -461,6 +461,7 @@ func (h *Host) status(context.Context) control.Status {
 	}
 	st.DataFree = free
 	st.Conditions = append(st.Conditions, h.objects.conditions()...)
+	st.Conditions = append(st.Conditions, h.volumes.waiting()...)
 	return st
 }
 

@@ -62,8 +62,8 @@ func (c *BackendConfig) validate() error {
 
 // objectStore is the daemon's part of the erasure-coded object store: its way to the
 // storage daemons, those that run within it, and the maintenance. Safe from any
-// goroutine. Lock order: embeddedASD.mu, which is held while a directory is opened or
-// closed; mu is a leaf.
+// goroutine. Lock order: embeddedASD.mu, which is held while a directory is closed; mu is a
+// leaf.
 type objectStore struct {
 	proxy  *proxy.Proxy
 	keeper *repair.Maintainer
@@ -81,11 +81,30 @@ type objectStore struct {
 	embedded map[string]*embeddedASD // by directory
 }
 
-// embeddedASD is a storage daemon within this process.
+// embeddedASD is a storage daemon within this process. It is opened by a goroutine of
+// its own: a disk that hangs must keep neither requests nor the daemon's end waiting.
 type embeddedASD struct {
-	mu   sync.Mutex
-	disk *disk.Supervised // nil: not open
+	mu      sync.Mutex
+	disk    *disk.Supervised // nil: not open
+	opening *embeddedOpening // under way; nil: none
 }
+
+// embeddedOpening is one attempt to open a storage daemon.
+type embeddedOpening struct {
+	done  chan struct{}
+	since time.Time
+	err   error // when done is closed
+	given bool  // up: what is opened is closed again; guarded by embeddedASD.mu
+}
+
+var errHangs = errors.New("it is being opened, and its disk does not answer")
+
+const (
+	// openPatience is how long a request waits for a storage daemon that is being opened.
+	openPatience = 2 * time.Second
+	// openAtStop is how long the daemon's end waits for one.
+	openAtStop = 2 * time.Second
+)
 
 // borrowed is an embedded storage daemon for the proxy, whose clients come and go.
 type borrowed struct{ *disk.Supervised }
@@ -181,21 +200,54 @@ func (o *objectStore) store(preset string) driver.Store {
 }
 
 // dial implements proxy.Dial: an address is a directory or HOST:PORT.
-func (o *objectStore) dial(_ context.Context, d alba.Device) (asd.Client, error) {
+func (o *objectStore) dial(ctx context.Context, d alba.Device) (asd.Client, error) {
 	if !filepath.IsAbs(d.Address) {
 		return remote.New(d.Address, remote.Options{ID: d.ID, Security: o.security, Log: o.log})
 	}
 	e := o.entry(d.Address)
 	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.disk == nil {
-		opened, err := disk.Supervise(o.fs, d.Address, disk.Options{ID: d.ID, Version: "embedded", ReserveBytes: o.reserve(d.Address), Log: o.log})
-		if err != nil {
-			return nil, err
-		}
-		e.disk = opened
+	if e.disk != nil {
+		defer e.mu.Unlock()
+		return borrowed{e.disk}, nil
 	}
-	return borrowed{e.disk}, nil
+	if e.opening == nil {
+		e.opening = &embeddedOpening{done: make(chan struct{}), since: time.Now()}
+		go o.openEmbedded(e, e.opening, d)
+	}
+	attempt := e.opening
+	e.mu.Unlock()
+	patience := time.NewTimer(openPatience)
+	defer patience.Stop()
+	select {
+	case <-attempt.done:
+	case <-patience.C:
+		return nil, fmt.Errorf("%w since %s", errHangs, attempt.since.UTC().Format(time.RFC3339))
+	case <-ctx.Done():
+		return nil, fmt.Errorf("it is being opened: %w", ctx.Err())
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	switch {
+	case e.disk != nil:
+		return borrowed{e.disk}, nil
+	case attempt.err != nil:
+		return nil, attempt.err
+	}
+	return nil, asd.ErrClosed
+}
+
+// openEmbedded carries an attempt out.
+func (o *objectStore) openEmbedded(e *embeddedASD, attempt *embeddedOpening, d alba.Device) {
+	opened, err := disk.Supervise(o.fs, d.Address, disk.Options{ID: d.ID, Version: "embedded", ReserveBytes: o.reserve(d.Address), Log: o.log})
+	e.mu.Lock()
+	if attempt.given && err == nil {
+		err = opened.Close()
+		opened = nil
+	}
+	e.disk, attempt.err = opened, err
+	e.opening = nil
+	e.mu.Unlock()
+	close(attempt.done)
 }
 
 func (o *objectStore) entry(dir string) *embeddedASD {
@@ -209,10 +261,21 @@ func (o *objectStore) entry(dir string) *embeddedASD {
 	return e
 }
 
-// release closes an embedded storage daemon; no error if it is not open.
+// release closes an embedded storage daemon; no error if it is not open. One whose
+// opening hangs is left to that: it is closed when the opening ends, if ever.
 func (o *objectStore) release(dir string) error {
 	e := o.entry(dir)
 	e.mu.Lock()
+	if attempt := e.opening; attempt != nil {
+		attempt.given = true
+		e.mu.Unlock()
+		select {
+		case <-attempt.done:
+		case <-time.After(openAtStop):
+			return fmt.Errorf("storage daemon in %s: %w since %s", dir, errHangs, attempt.since.UTC().Format(time.RFC3339))
+		}
+		e.mu.Lock()
+	}
 	defer e.mu.Unlock()
 	d := e.disk
 	if e.disk = nil; d == nil {
@@ -255,7 +318,12 @@ func (o *objectStore) close() error {
 	o.mu.Unlock()
 	var errs []error
 	for _, dir := range dirs {
-		errs = append(errs, o.release(dir))
+		err := o.release(dir)
+		if errors.Is(err, errHangs) { // nothing is in it that the end of the process could lose
+			o.log.Warn().Err(err).Msg("left as it is")
+			continue
+		}
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }

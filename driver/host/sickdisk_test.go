@@ -23,6 +23,23 @@ type sickFS struct {
 	tree    string // "": all is well
 	failed  int    // syncs
 	missing string // "": all files are there
+
+	hanging string        // opening it hangs
+	hang    chan struct{} // until this is closed
+}
+
+// hangs makes the opening of a file hang until the function that it returns is called.
+func (s *sickFS) hangs(name string) (goOn func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	hang := make(chan struct{})
+	s.hanging, s.hang = name, hang
+	return sync.OnceFunc(func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.hanging = ""
+		close(hang)
+	})
 }
 
 // miss makes a file unreadable; "": none is.
@@ -60,7 +77,14 @@ func (s *sickFS) sync(name string, fn func() error) error {
 func (s *sickFS) Open(name string, flags vfs.OpenFlag) (vfs.File, error) {
 	s.mu.Lock()
 	missing := s.missing != "" && s.missing == name
+	var hang chan struct{}
+	if s.hanging == name {
+		hang = s.hang
+	}
 	s.mu.Unlock()
+	if hang != nil {
+		<-hang
+	}
 	if missing {
 		return nil, &fs.PathError{Op: "open", Path: name, Err: syscall.EIO}
 	}
@@ -86,13 +110,19 @@ func (f sickFile) Sync() error { return f.fs.sync(f.name, f.File.Sync) }
 func startSick(t *testing.T, c Config) (*Host, *control.Client, *sickFS) {
 	t.Helper()
 	fsys := &sickFS{FS: vfs.OS()}
+	h, client := startOn(t, c, fsys)
+	return h, client, fsys
+}
+
+func startOn(t *testing.T, c Config, fsys vfs.FS) (*Host, *control.Client) {
+	t.Helper()
 	h, err := StartOn(testContext(t), Parts{FS: fsys}, c, "test", zerolog.Nop())
 	if err != nil {
 		t.Fatal(err)
 	}
 	client := control.NewClient(c.controlSocket())
 	t.Cleanup(client.Close)
-	return h, client, fsys
+	return h, client
 }
 
 // TestP8GuestsOutliveASickDisk: while an embedded storage daemon's disk fails its

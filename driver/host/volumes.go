@@ -72,6 +72,7 @@ type volume struct {
 	offline     context.CancelFunc // of a check of the closed volume; nil: none
 	frontErrors []string           // why it is not served
 	awaited     bool               // front ends get it when it is open; see openAwaited
+	insisting   bool               // its opening is tried again in the background; see insist
 	template    bool               // as of the record; set when it is opened or changed
 	incomplete  string             // kind of the import or receive under way, likewise; or unfinishedRollback
 
@@ -256,6 +257,7 @@ func (h *VolumeSet) runOpening(v *volume) {
 	if err == nil {
 		// They may have changed since openNow read them.
 		h.applyLimits(h.ctx, v.name)
+		h.serveAwaited(h.ctx, v.name)
 	}
 }
 
@@ -273,6 +275,9 @@ func (h *VolumeSet) endOpening(v *volume, dev Volume, err error) {
 		delete(h.volumes, v.name) // names that clients make up don't pile up
 	}
 	v.openErr = err
+	if err != nil {
+		h.insist(v, err)
+	}
 	close(v.opening)
 	v.opening = nil
 }
@@ -306,7 +311,7 @@ func (h *VolumeSet) openNow(v *volume) (Volume, error) {
 	}
 	dev, err := h.engine.OpenVolume(h.ctx, config)
 	if err != nil {
-		return nil, fmt.Errorf("open volume %s: %w", v.name, err)
+		return nil, fmt.Errorf("open volume %s: %w", v.name, &engineError{err})
 	}
 	if err := h.catchUp(h.ctx, dev, e); err != nil {
 		return nil, errors.Join(fmt.Errorf("open volume %s: %w", v.name, err), dev.Close(context.WithoutCancel(h.ctx)))

@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"errors"
+	"fmt"
 	"runtime"
 	"slices"
 	"strings"
@@ -321,7 +322,7 @@ func TestP11TroublesShow(t *testing.T) {
 	if len(v.Conditions) != 1 || v.Conditions[0].Code != "not-served" || !strings.Contains(v.Conditions[0].Message, "no socket") {
 		t.Fatalf("conditions %+v", v.Conditions)
 	}
-	b.engine.fail["open"] = errors.New("injected: corrupt")
+	b.engine.fail["open"] = fmt.Errorf("injected: %w", block.ErrCorrupt)
 	if _, err := b.Open(ctx, "v"); err == nil {
 		t.Fatal("Open succeeded")
 	}
