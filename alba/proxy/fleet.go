@@ -260,7 +260,9 @@ func (m *Member) dialed(ctx context.Context) (asd.Client, error) {
 	c, err := m.fleet.dial(ctx, rec)
 	if err != nil {
 		err = fmt.Errorf("device %s at %s: %w (%w)", rec.ID, rec.Address, asd.ErrUnavailable, err)
-		m.failed(time.Now(), err)
+		if ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) { // else it was canceled by us: says nothing
+			m.failed(time.Now(), err)
+		}
 		return nil, err
 	}
 	m.mu.Lock()
