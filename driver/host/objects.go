@@ -199,8 +199,9 @@ func (o *objectStore) store(preset string) driver.Store {
 	return AlbaStore{Proxy: o.proxy, Preset: preset}
 }
 
-// dial implements proxy.Dial: an address is a directory or HOST:PORT.
-func (o *objectStore) dial(ctx context.Context, d alba.Device) (asd.Client, error) {
+// dial implements proxy.Dial: an address is a directory or HOST:PORT. That a caller gives
+// up must not make others believe that a disk can't be used: the wait has its own bound.
+func (o *objectStore) dial(_ context.Context, d alba.Device) (asd.Client, error) {
 	if !filepath.IsAbs(d.Address) {
 		return remote.New(d.Address, remote.Options{ID: d.ID, Security: o.security, Log: o.log})
 	}
@@ -222,8 +223,6 @@ func (o *objectStore) dial(ctx context.Context, d alba.Device) (asd.Client, erro
 	case <-attempt.done:
 	case <-patience.C:
 		return nil, fmt.Errorf("%w since %s", errHangs, attempt.since.UTC().Format(time.RFC3339))
-	case <-ctx.Done():
-		return nil, fmt.Errorf("it is being opened: %w", ctx.Err())
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
