@@ -306,6 +306,32 @@ func TestP2FamilyCrashAtEveryStep(t *testing.T) {
 	})
 }
 
+// TestP2FirstSnapshotDied: of a volume's first snapshot whose making a power loss has
+// ended anywhere, all is there at once or nothing ever: what is left of it does not turn
+// up at a later opening.
+func TestP2FirstSnapshotDied(t *testing.T) {
+	overStores(t, func(t *testing.T, k storeKind) {
+		for countdown := range k.fewer(40, 20) {
+			rng := rand.New(rand.NewPCG(uint64(countdown), 7))
+			f := newFamily(t, k, rng)
+			w := f.worlds[0]
+			clone := stepsUntilPowerLoss(t, rng, w.fs, w.eng, 1+countdown, w.snapshot)
+			if clone == nil {
+				t.Fatal("the power was not lost")
+			}
+			f.note("power lost at disk call %d", 1+countdown)
+			f.goOn(clone, true)
+			f.verify((*world).verifyPrefix)
+			if err := errors.Join(w.write(0, cluster, true), w.snapshot()); err != nil {
+				t.Fatalf("%s: %v", f.where(), err)
+			}
+			f.crash()
+			f.check()
+			f.close()
+		}
+	})
+}
+
 // TestCloneRefusals: a clone needs its ancestors open, and they wait for it.
 func TestCloneRefusals(t *testing.T) { overStores(t, testCloneRefusals) }
 

@@ -148,8 +148,12 @@ func (v *Volume) recoverFrom(ctx context.Context, inv *inventory) error {
 func (v *Volume) restoreCheckpoint(ctx context.Context, inv *inventory) error {
 	found := &foundSnaps{local: map[uint64]bool{}, stored: map[uint64]bool{}}
 	root, err := v.findRoot(ctx, found)
-	if err != nil || root == nil {
+	if err != nil {
 		return err
+	}
+	if root == nil {
+		v.forgetUnmade(found)
+		return nil
 	}
 	blob, err := decodeBlob(root.Blob)
 	if err != nil {

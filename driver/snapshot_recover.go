@@ -85,6 +85,24 @@ func (v *Volume) restoreSnapshots(ctx context.Context, root *lba.Root, blob *roo
 	return nil
 }
 
+// forgetUnmade drops what a crash has left of the making of a volume's first snapshot,
+// before there was any other root: nobody pins what it needs, so it must not turn up
+// at a later opening. The next root calls it dropped. Caller is alone.
+func (v *Volume) forgetUnmade(found *foundSnaps) {
+	named := func(seq uint64) bool {
+		has := func(s Snapshot) bool { return s.Sequence == seq }
+		return slices.ContainsFunc(v.cfg.Snapshots, has) || slices.ContainsFunc(v.cfg.Deleting, has)
+	}
+	for _, seq := range found.sequences() {
+		if found.stored[seq] || named(seq) {
+			continue
+		}
+		v.log.Info().Uint64("sequence", seq).Msg("a snapshot whose making a crash has ended is removed")
+		v.ckpt.dropped = append(v.ckpt.dropped, seqRange{seq - 1, seq + 1})
+		v.ckpt.removeMapFile(snapName(seq))
+	}
+}
+
 // knowListed makes those snapshots known that the caller names and that are there.
 func (v *Volume) knowListed(found *foundSnaps) (exists map[uint64]bool, err error) {
 	c := v.ckpt
