@@ -1,9 +1,11 @@
 package driver_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -244,4 +246,41 @@ func TestASnapshotThatFailedIsNotAdopted(t *testing.T) {
 		}
 		r.close()
 	})
+}
+
+// TestMapPagesMoveAway: who has begun to read a page object of a snapshot that lies on
+// the local disk goes on in the store when the local one goes.
+func TestMapPagesMoveAway(t *testing.T) { overStores(t, testMapPagesMoveAway) }
+
+func testMapPagesMoveAway(t *testing.T, k storeKind) {
+	r := newStillRig(t, k, rand.New(rand.NewPCG(12, 1)), 1024, 8).create()
+	ctx := context.Background()
+	r.must(r.write(0, 16, 0))
+	_, err := r.vol.CreateSnapshot(ctx, uuid.UUID{1}, "s", nil)
+	r.must(err)
+	pages, size, err := r.vol.OpenMapPages(ctx, 1)
+	r.must(err)
+	want, got := make([]byte, size), make([]byte, size)
+	_, err = pages.ReadAt(want, 0)
+	r.must(err)
+	name := fmt.Sprintf("data/volumes/%s/map/pages-%08x", r.cfg.ID, 1)
+	for try := 0; ; try++ {
+		if _, err := r.fs.Stat(name); errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		if try == 100 {
+			t.Fatal("the local copy stays")
+		}
+		r.must(r.write(0, 16, 0))
+		r.must(r.flush())
+		r.vol.WaitSealed()
+		r.must(r.vol.Checkpoint(ctx))
+		_, err := r.vol.Publish(ctx)
+		r.must(err)
+	}
+	_, err = pages.ReadAt(got, 0)
+	r.must(err)
+	if !bytes.Equal(got, want) {
+		t.Fatal("the store has other pages")
+	}
 }

@@ -175,6 +175,31 @@ func (s storeObject) WithContext(ctx context.Context) io.ReaderAt {
 	return s
 }
 
+// mapFile is a root or page object on the local disk that goes when the store has it,
+// which may be between any two reads: then it is read there.
+type mapFile struct {
+	localFile
+	stored storeObject
+}
+
+func (m mapFile) ReadAt(p []byte, off int64) (int, error) {
+	n, err := m.localFile.ReadAt(p, off)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return n, err
+	}
+	n, serr := m.stored.ReadAt(p, off)
+	if errors.Is(serr, ErrNoObject) || errors.Is(serr, ErrStaleEpoch) {
+		return n, err // there was the local one only
+	}
+	return n, serr
+}
+
+// WithContext implements lba.ContextReader.
+func (m mapFile) WithContext(ctx context.Context) io.ReaderAt {
+	m.stored.ctx = ctx
+	return m
+}
+
 // storeSize is the size of an object in the store.
 func (v *Volume) storeSize(ctx context.Context, name string) (size int64, err error) {
 	err = askStore(ctx, func(ctx context.Context) (err error) {
@@ -200,7 +225,7 @@ func (c *checkpoints) openPages(ctx context.Context, object uint32) (io.ReaderAt
 func (v *Volume) openMapObject(ctx context.Context, name string) (io.ReaderAt, int64, error) {
 	info, err := v.eng.cfg.FS.Stat(v.mapPath(name))
 	if err == nil {
-		return localFile{v.eng.cfg.FS, v.mapPath(name)}, info.Size(), nil
+		return mapFile{localFile{v.eng.cfg.FS, v.mapPath(name)}, storeObject{ctx, v, name}}, info.Size(), nil
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
 		return nil, 0, err

@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"io"
 	"time"
 
 	"scoria/driver/block"
@@ -15,6 +16,11 @@ import (
 func OpenStillEngine(cfg Config) (*Engine, error) { return openEngine(cfg, nil) }
 
 func (v *Volume) Checkpoint(ctx context.Context) error { return v.checkpoint(ctx) }
+
+// OpenMapPages opens a page object as readers of the map do.
+func (v *Volume) OpenMapPages(ctx context.Context, object uint32) (io.ReaderAt, int64, error) {
+	return v.ckpt.openPages(ctx, object)
+}
 
 func (v *Volume) Publish(ctx context.Context) (bool, error) { return v.publish(ctx) }
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"slices"
 	"strings"
 
@@ -76,18 +75,17 @@ func (v *Volume) checksumTrouble(err error) {
 	}
 }
 
-// readRoot reads a root from the local disk or, if that one is damaged or goes at this
-// moment because it has been published, the store.
+// readRoot reads a root from the local disk or, if that one is damaged, the store.
 func (v *Volume) readRoot(ctx context.Context, name string) (*lba.Root, error) {
 	r, size, err := v.openMapObject(ctx, name)
 	if err != nil {
 		return nil, err
 	}
 	root, err := lba.ReadRoot(r, size)
-	if err == nil || !errors.Is(err, lba.ErrFormat) && !errors.Is(err, fs.ErrNotExist) {
+	if err == nil || !errors.Is(err, lba.ErrFormat) {
 		return root, err
 	}
-	if _, isLocal := r.(localFile); !isLocal {
+	if _, isLocal := r.(mapFile); !isLocal {
 		return nil, err
 	}
 	root, serr := v.storedRoot(ctx, name)
