@@ -43,6 +43,7 @@ func (f *family) adopt(w *world) {
 // locked reports whether a clone builds on the snapshot.
 func (f *family) locked(id uuid.UUID) bool {
 	for _, w := range f.worlds {
+		f.kin[w] = w.vol.Ancestors()
 		if slices.ContainsFunc(f.kin[w], func(a driver.Ancestor) bool { return a.Snapshot == id }) {
 			return true
 		}

@@ -117,6 +117,27 @@ func (w *world) deleteShot(i int) error {
 	return nil
 }
 
+// deleteLocked tries to delete a snapshot that a clone builds on, unless that has just
+// become independent: one that needs nothing of it is, once its root is published.
+func (w *world) deleteLocked(i int) error {
+	s := w.shots[i]
+	w.note("delete snapshot %s, which has a clone", s.Name)
+	err := w.vol.DeleteSnapshot(context.Background(), s.ID)
+	switch {
+	case errors.Is(err, driver.ErrSnapshotInUse):
+		return nil
+	case w.locked(s.ID):
+		return fmt.Errorf("delete a snapshot with clones: %w", err)
+	}
+	w.shots = slices.Delete(w.shots, i, i+1)
+	if err != nil {
+		w.dying = append(w.dying, s.Snapshot)
+		return err
+	}
+	w.bury(s.Snapshot)
+	return nil
+}
+
 // readShot compares part of a snapshot.
 func (w *world) readShot(s shot, off, length uint64) error {
 	view, err := w.vol.OpenSnapshot(context.Background(), s.ID)
@@ -152,10 +173,7 @@ func (w *world) snapshotStep() error {
 	}
 	if w.rng.IntN(3) == 0 {
 		if w.locked != nil && w.locked(w.shots[i].ID) {
-			if err := w.vol.DeleteSnapshot(context.Background(), w.shots[i].ID); !errors.Is(err, driver.ErrSnapshotInUse) {
-				return fmt.Errorf("delete a snapshot with clones: %w", err)
-			}
-			return nil
+			return w.deleteLocked(i)
 		}
 		return w.deleteShot(i)
 	}
