@@ -25,7 +25,11 @@
 // Guest memory is unmapped when the session has dropped it and no request in
 // flight points to it. A fault on it (the front end shrank its file) is
 // recovered from, and ends that session only. What is mapped is counted (mem.Budget),
-// per endpoint and in all: address space and mappings are the whole process's.
+// per endpoint and in all: address space and mappings are the whole process's. Memory
+// whose pages could keep a worker waiting (FUSE, network file systems, devices) ends
+// the session (mem.ErrFileSystem). The session itself may hang on such a descriptor
+// until its file system answers, since the kernel lets FUSE delay even close(2); that
+// costs its front end one of its connections, and the end of its endpoint waits for it.
 //
 // # When a session ends
 //

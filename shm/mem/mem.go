@@ -4,8 +4,9 @@
 //
 // The peer is taken as hostile. Every address and length that comes from it is
 // checked against overflow and against the regions; the contents may change at
-// any time; and the file behind a mapping may be truncated, so that touching
-// the mapping raises SIGBUS. Whoever touches it runs with
+// any time; the file behind a mapping must lie on a file system that does not let
+// the peer delay a page fault; and it may be truncated, so that touching the
+// mapping raises SIGBUS. Whoever touches it runs with
 // debug.SetPanicOnFault and recovers (see Fault).
 //
 // A Mapping is counted: it is made with one reference, and the last Release
@@ -73,7 +74,8 @@ type Mapping struct {
 // Map maps [offset, offset+size) of the file, shared, readable and writable.
 // Neither needs to be aligned. The descriptor may be closed afterwards. A file
 // that is too short at this moment is refused with ErrFileTooShort; it may
-// still shrink later.
+// still shrink later. One that could make us wait for ever is refused with
+// ErrFileSystem (see checkFile).
 func Map(fd int, offset, size uint64) (*Mapping, error) {
 	start, length, err := extent(fd, offset, size)
 	if err != nil {
@@ -87,11 +89,14 @@ func extent(fd int, offset, size uint64) (start, length uint64, err error) {
 	if size == 0 || offset > math.MaxInt64 || size > math.MaxInt64-offset {
 		return 0, 0, fmt.Errorf("mapping %d bytes at %d: %w", size, offset, ErrRange)
 	}
+	if err := checkFile(fd); err != nil {
+		return 0, 0, fmt.Errorf("mapping %d bytes at %d: %w", size, offset, err)
+	}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return 0, 0, fmt.Errorf("mapping %d bytes at %d: %w", size, offset, os.NewSyscallError("fstat", err))
 	}
-	if st.Mode&unix.S_IFMT == unix.S_IFREG && uint64(st.Size) < offset+size {
+	if uint64(st.Size) < offset+size {
 		return 0, 0, fmt.Errorf("mapping %d bytes at %d of a file of %d bytes: %w", size, offset, st.Size, ErrFileTooShort)
 	}
 	// The block size of a hugetlbfs file is its page size; offsets into it must
