@@ -141,3 +141,31 @@ func TestMigrationCanceled(t *testing.T) {
 	m.moved(b)
 	m.end()
 }
+
+// The source goes on, with a daemon that knows that it has to log, and the guest moves.
+func TestP3KillDuringMigration(t *testing.T) {
+	e := start(t)
+	m := e.migrant()
+	b, address := m.expect()
+	m.must(m.vm.Migrate(m.ctx, address, qemu.Endless))
+	m.must(m.vm.Passes(m.ctx, 2))
+	for range 2 {
+		e.must(e.Daemon.Kill())
+		e.restart()
+		e.attached("a")
+		m.works()
+		if m.logged() == 0 {
+			t.Fatal("the new daemon marks nothing in the dirty log")
+		}
+		s, err := m.vm.Migration(m.ctx)
+		m.must(err)
+		m.must(m.vm.Passes(m.ctx, s.RAM.Passes+2))
+	}
+	// QEMU before 9.1 does not look at a connection that comes back before the guest
+	// does, and fails to start the device if there is none then.
+	m.poll("the waiting QEMU to be connected again", func() (bool, error) {
+		return m.metric(`scoria_vhost_sessions{volume="default/a"}`) == 2, b.Dead()
+	})
+	m.moved(b)
+	m.end()
+}
