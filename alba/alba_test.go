@@ -103,6 +103,8 @@ func TestGoldenRecords(t *testing.T) {
 		alba.PresetKey("p"), alba.DeviceKey("d"), alba.NamespaceKey("n"), alba.ObjectKey(alba.ID{1}, "o"), alba.IntentKey(alba.ID{1}, alba.ID{2}),
 		alba.TrashKey(alba.ID{1}, alba.ID{2}), alba.FragmentKey(alba.ID{1}, alba.ID{2}, 0x3f, 0x1234), alba.ShardKey(alba.ID{1}, alba.ID{2}, 3),
 		alba.NamespaceCopyKey(alba.ID{1}), alba.TombstoneKey(alba.ID{1}, alba.ID{2}), alba.PresetCopyKey("p"),
+		alba.RemovedKey("d"), alba.RemovedCopyKey("d"), alba.AttemptKey(alba.ID{1}, alba.ID{2}, 3), alba.ClusterCopyKey, alba.ClusterKey, alba.HistoryKey,
+		alba.PositionName, alba.CopyName(alba.ID{1}), alba.StatedName("d"), alba.PresetCopyName("p"),
 	}, "\n"))
 }
 

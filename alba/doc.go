@@ -71,7 +71,14 @@
 //
 // With these alone the registry's part can be rebuilt. Each device also
 // holds the epoch of each namespace that it met (see package asd); changes with a
-// smaller one are refused there.
+// smaller one are refused there. Orders of copies are kept as if they were epochs, so
+// that of two copies the later one stays, and is taken in a rebuild:
+//
+//	NSID                         epoch of the namespace
+//	~registry                    Position that the device was told last
+//	~copy/NSID                   CopyOrder of n/NSID
+//	~preset/NAME                 Position of the change that p/NAME is from; none: an older version wrote it
+//	~device/ID                   Position at which x/ID was put or deleted
 //
 // # A registry that went back
 //
@@ -79,6 +86,11 @@
 // they keep it durably and never forget or lower it. A registry that was put back from a
 // backup does not know what a device was told after that backup was taken: nothing is
 // read from such a device, written to it or deleted there, for what is taken for an orphan may
-// be the only copy. It is rebuilt from the devices then. A backup that is less than that
-// second older than what was lost is not told from it.
+// be the only copy. It is rebuilt from the devices then.
+//
+// A device that deletes fragments because of a change, a deletion or a move, learns of that
+// change in the same Apply: what a registry of before speaks of is never gone without its
+// being recognised. What was only stored in the second before the loss does not make a
+// backup of that second recognised, and is taken for orphans; uploads would pay
+// for it with one more sync each.
 package alba

@@ -68,7 +68,8 @@ const (
 	PresetCopyPrefix    = "p/"
 	RemovedCopyPrefix   = "x/"
 
-	StatedPrefix = "~device/" // of names of epochs
+	StatedPrefix      = "~device/" // of names of epochs
+	PresetOrderPrefix = "~preset/"
 
 	// ClusterCopyKey holds the ID of the cluster that the device belongs to. What a
 	// device of another cluster holds is not this registry's to judge.
@@ -89,6 +90,11 @@ func (n *Namespace) CopyOrder() uint64 {
 	}
 	return min(n.Epoch, 1<<(64-keyBits)-1)<<keyBits | min(wrapped, 1<<keyBits-1)
 }
+
+// PresetCopyName is under which name a device keeps the Position of the change that its copy
+// of a preset is from, as if it were a namespace's epoch: so an older copy never replaces a
+// later one. Of copies that were written before this name was, it has none.
+func PresetCopyName(preset string) string { return PresetOrderPrefix + preset }
 
 // RemovedCopyKey is where a device remembers that another one was removed.
 func RemovedCopyKey(device string) string { return RemovedCopyPrefix + device }

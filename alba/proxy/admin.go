@@ -254,24 +254,32 @@ func (p *Proxy) copyRecords(ctx context.Context, m *Member) error {
 	if err != nil {
 		return err
 	}
-	for _, prefix := range []string{alba.PresetPrefix, alba.NamespacePrefix} {
-		err := alba.Each(ctx, p.reg, prefix, func(kv alba.KV) error {
-			if prefix == alba.PresetPrefix {
-				copies = append(copies, []asd.Update{asd.Put(alba.PresetCopyKey(strings.TrimPrefix(kv.Key, prefix)), asd.NewValue(kv.Value))})
-				return nil
-			}
-			n, err := alba.Decode[alba.Namespace](kv.Value)
-			if err != nil {
-				return fmt.Errorf("%s: %w", kv.Key, err)
-			}
-			if !n.Deleting {
-				copies = append(copies, namespaceCopy(&n))
-			}
+	err = alba.Each(ctx, p.reg, alba.PresetPrefix, func(kv alba.KV) error {
+		if p.opts.Silent {
 			return nil
-		})
-		if err != nil {
-			return err
 		}
+		// Of two copies the one of the later change is the preset.
+		changed, err := p.positionOf(ctx, kv.Revision)
+		name := strings.TrimPrefix(kv.Key, alba.PresetPrefix)
+		copies = append(copies, []asd.Update{asd.RaiseEpoch(alba.PresetCopyName(name), uint64(changed)),
+			asd.Put(alba.PresetCopyKey(name), asd.NewValue(kv.Value))})
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	err = alba.Each(ctx, p.reg, alba.NamespacePrefix, func(kv alba.KV) error {
+		n, err := alba.Decode[alba.Namespace](kv.Value)
+		if err != nil {
+			return fmt.Errorf("%s: %w", kv.Key, err)
+		}
+		if !n.Deleting {
+			copies = append(copies, namespaceCopy(&n))
+		}
+		return nil
+	})
+	if err != nil {
+		return err
 	}
 	for part := range slices.Chunk(copies, asd.MaxUpdates/2) {
 		if err := m.putCopies(ctx, part); err != nil {
@@ -283,9 +291,12 @@ func (p *Proxy) copyRecords(ctx context.Context, m *Member) error {
 
 // stated are what a device is to remember of the others: whether they were removed.
 func (p *Proxy) stated(ctx context.Context) ([][]asd.Update, error) {
-	at, ok := p.here()
-	if !ok || p.opts.Silent {
+	if p.opts.Silent {
 		return nil, nil
+	}
+	at, err := p.now(ctx)
+	if err != nil {
+		return nil, err
 	}
 	var list [][]asd.Update
 	for _, prefix := range []string{alba.DevicePrefix, alba.RemovedPrefix} {

@@ -121,53 +121,56 @@ func (p *Proxy) FinishDeletes(ctx context.Context) error {
 	return nil
 }
 
-// finishDelete moves all manifests of a namespace that is marked to the trash and
-// removes the namespace. Uploads under way can't commit any more.
+// finishDelete moves all manifests of a namespace that is marked to the trash, removes the
+// namespace, and deletes what is in the trash; part by part, for a namespace may
+// have millions of objects. Uploads under way can't commit any more.
 func (p *Proxy) finishDelete(ctx context.Context, n namespace) error {
-	type purge struct {
-		upload alba.ID
-		rec    alba.Intent
-		rev    int64
+	var part []alba.KV
+	err := alba.Each(ctx, p.reg, alba.ObjectKey(n.ID, ""), func(kv alba.KV) error {
+		if part = append(part, kv); len(part) < alba.MaxCommitWrites/2 {
+			return nil
+		}
+		defer func() { part = part[:0] }()
+		return p.discard(ctx, n.ID, part)
+	})
+	if err == nil {
+		err = p.discard(ctx, n.ID, part)
 	}
-	var purges []purge
-	kvs, err := p.reg.List(ctx, alba.ObjectKey(n.ID, ""))
 	if err != nil {
-		return err
-	}
-	const batch = alba.MaxCommitWrites / 2
-	for len(kvs) > 0 {
-		part := kvs[:min(batch, len(kvs))]
-		kvs = kvs[len(part):]
-		var compares []alba.Compare
-		var writes []alba.Write
-		first := len(purges)
-		for _, kv := range part {
-			m, err := alba.DecodeManifest(kv.Value)
-			if err != nil {
-				return fmt.Errorf("%s: %w", kv.Key, err)
-			}
-			rec := p.trashRecord(m)
-			compares = append(compares, alba.Compare{Key: kv.Key, Revision: kv.Revision})
-			writes = append(writes, alba.Write{Key: kv.Key}, alba.Write{Key: alba.TrashKey(n.ID, m.Upload), Value: alba.Encode(rec)})
-			purges = append(purges, purge{upload: m.Upload, rec: rec})
-		}
-		rev, err := p.reg.Commit(ctx, compares, writes)
-		if err != nil {
-			return err // somebody else is at it: repeated by the caller, or by maintenance
-		}
-		for i := first; i < len(purges); i++ {
-			purges[i].rev = rev
-		}
+		return err // or somebody else is at it: repeated by the caller, or by maintenance
 	}
 	_, err = p.reg.Commit(ctx, []alba.Compare{n.compare()}, []alba.Write{{Key: alba.NamespaceKey(n.Name)}})
 	if err != nil && !errors.Is(err, alba.ErrConflict) {
 		return err
 	}
 	p.cache.dropAll()
-	for _, g := range purges {
-		p.purgeSoon(n.ID, g.upload, g.rec, g.rev)
+	return alba.Each(ctx, p.reg, alba.TrashPrefix+n.ID.String()+"/", func(kv alba.KV) error {
+		rec, err := alba.Decode[alba.Intent](kv.Value)
+		if err != nil {
+			return fmt.Errorf("%s: %w", kv.Key, err)
+		}
+		_, upload, err := alba.SplitKey(kv.Key, alba.TrashPrefix)
+		if err == nil {
+			p.purgeSoon(n.ID, upload, rec, kv.Revision)
+		}
+		return err
+	})
+}
+
+// discard moves manifests of a namespace to the trash in one transaction.
+func (p *Proxy) discard(ctx context.Context, ns alba.ID, manifests []alba.KV) error {
+	var compares []alba.Compare
+	var writes []alba.Write
+	for _, kv := range manifests {
+		m, err := alba.DecodeManifest(kv.Value)
+		if err != nil {
+			return fmt.Errorf("%s: %w", kv.Key, err)
+		}
+		compares = append(compares, alba.Compare{Key: kv.Key, Revision: kv.Revision})
+		writes = append(writes, alba.Write{Key: kv.Key}, alba.Write{Key: alba.TrashKey(ns, m.Upload), Value: alba.Encode(p.trashRecord(m))})
 	}
-	return nil
+	_, err := p.reg.Commit(ctx, compares, writes)
+	return err
 }
 
 // purgeSoon purges in the background; at once if there is much of that already.
@@ -194,6 +197,10 @@ func (p *Proxy) purgeSoon(ns, upload alba.ID, rec alba.Intent, rev int64) {
 // record, which must be of revision rev. While a device is out of reach the others
 // remember the deletion, and the record stays.
 func (p *Proxy) Purge(ctx context.Context, ns, upload alba.ID, rec alba.Intent, rev int64) error {
+	mark, err := p.mark(ctx, rev)
+	if err != nil {
+		return err
+	}
 	var g errgroup.Group
 	errs := make([]error, len(rec.Shards))
 	for i, id := range rec.Shards {
@@ -205,7 +212,7 @@ func (p *Proxy) Purge(ctx context.Context, ns, upload alba.ID, rec alba.Intent, 
 			continue
 		}
 		g.Go(func() error {
-			errs[i] = m.DeleteUpload(ctx, ns, upload)
+			errs[i] = m.deleteUpload(ctx, ns, upload, mark)
 			return nil
 		})
 	}
@@ -232,20 +239,20 @@ func (p *Proxy) Purge(ctx context.Context, ns, upload alba.ID, rec alba.Intent, 
 	if failed != nil {
 		return failed
 	}
-	_, err := p.reg.Commit(ctx, []alba.Compare{{Key: alba.TrashKey(ns, upload), Revision: rev}}, []alba.Write{{Key: alba.TrashKey(ns, upload)}})
+	_, err = p.reg.Commit(ctx, []alba.Compare{{Key: alba.TrashKey(ns, upload), Revision: rev}}, []alba.Write{{Key: alba.TrashKey(ns, upload)}})
 	if errors.Is(err, alba.ErrConflict) {
 		return nil // somebody else did the same
 	}
 	return err
 }
 
-// DeleteUpload deletes all fragments of an upload and their manifests.
-func (m *Member) DeleteUpload(ctx context.Context, ns, upload alba.ID) error {
+// deleteUpload deletes all fragments of an upload and their manifests.
+func (m *Member) deleteUpload(ctx context.Context, ns, upload alba.ID, mark alba.Position) error {
 	ctx, cancel := context.WithTimeout(ctx, purgeTimeout)
 	defer cancel()
 	id := ns.String() + "/" + upload.String() + "/"
 	for _, prefix := range []string{alba.FragmentPrefix + id, alba.ShardPrefix + id, alba.AttemptPrefix + id} {
-		if err := m.deletePrefix(ctx, prefix, nil); err != nil {
+		if err := m.deletePrefix(ctx, prefix, mark, nil); err != nil {
 			return fmt.Errorf("device %s: %w", m.Record().ID, err)
 		}
 	}
@@ -253,9 +260,9 @@ func (m *Member) DeleteUpload(ctx context.Context, ns, upload alba.ID) error {
 }
 
 // deletePrefix deletes all keys that begin with prefix while the asserts hold.
-func (m *Member) deletePrefix(ctx context.Context, prefix string, asserts []asd.Assert) error {
+func (m *Member) deletePrefix(ctx context.Context, prefix string, mark alba.Position, asserts []asd.Assert) error {
 	for {
-		r, err := m.Range(ctx, asd.RangeRequest{From: prefix, To: After(prefix), Limit: asd.MaxUpdates}, asd.PriorityRepair)
+		r, err := m.Range(ctx, asd.RangeRequest{From: prefix, To: After(prefix), Limit: asd.MaxUpdates - 1}, asd.PriorityRepair)
 		if err != nil {
 			return err
 		}
@@ -264,7 +271,7 @@ func (m *Member) deletePrefix(ctx context.Context, prefix string, asserts []asd.
 			updates[i] = asd.Delete(info.Key)
 		}
 		if len(updates) > 0 {
-			if err := m.Apply(ctx, asserts, updates, asd.PriorityRepair); err != nil {
+			if err := m.applyMarked(ctx, mark, asserts, updates); err != nil {
 				return err
 			}
 		}

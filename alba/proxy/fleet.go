@@ -50,8 +50,9 @@ type Fleet struct {
 	near Location
 	// Of the proxy; nil: nothing is asked. Set before the first device is known.
 	check   func(ctx context.Context, id string, c asd.Client) error // what the device was told is known
-	here    func() (alba.Position, bool)                             // how far the registry is
-	refresh func(ctx context.Context) error                          // finds that out anew
+	now     func(ctx context.Context) (alba.Position, error)         // how far the registry is
+	refresh func(ctx context.Context) error                          // finds out anew what it knows
+	silent  bool                                                     // nothing is told to devices
 
 	// reloading is held from reading the registry until what it said is known, so that
 	// an older state never replaces a newer one. Taken before mu.

@@ -96,11 +96,12 @@ func (p *Proxy) mend(ctx context.Context, ns, object string, o Mend) (Mended, er
 	}
 	p.active.Store(m.next.Upload, struct{}{})
 	defer p.active.Delete(m.next.Upload)
+	var moved int64
 	written, err := m.write(ctx)
 	if err == nil {
 		m.noteAttempts(ctx)
 		m.next.Generation++
-		_, err = p.reg.Commit(ctx, []alba.Compare{{Key: key, Revision: m.e.rev}, {Key: intent, Revision: rev}},
+		moved, err = p.reg.Commit(ctx, []alba.Compare{{Key: key, Revision: m.e.rev}, {Key: intent, Revision: rev}},
 			[]alba.Write{{Key: key, Value: m.next.Encode()}, {Key: intent}})
 		p.cache.drop(key)
 		if err != nil && !errors.Is(err, alba.ErrConflict) {
@@ -108,7 +109,11 @@ func (p *Proxy) mend(ctx context.Context, ns, object string, o Mend) (Mended, er
 			return Mended{Missing: missing}, err
 		}
 	}
-	m.clean(err == nil, intent, rev)
+	if err == nil {
+		m.cleanOld(moved)
+	} else {
+		m.cleanNew(intent, rev)
+	}
 	return Mended{Shards: len(m.work), Bytes: written, Missing: missing}, err
 }
 
@@ -367,51 +372,58 @@ func (m *Member) AssertAttempt(ctx context.Context, ns, upload alba.ID, shard in
 	return asd.AssertValue(key, v.Data), err
 }
 
-// clean deletes the shards that are not used: the old ones after a success, the new
-// ones after a failure, unless another attempt has begun to write them since. What can't
-// be deleted now is an orphan and is collected.
-func (m *mending) clean(committed bool, intent string, rev int64) {
+// cleanOld deletes the shards that have moved, by a change of that revision, from where they
+// were, unless another attempt has begun to write them since. What can't be deleted now
+// is an orphan and is collected.
+func (m *mending) cleanOld(moved int64) {
+	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
+	defer cancel()
+	mark, err := m.p.mark(ctx, moved)
+	if err != nil {
+		m.p.opts.Log.Info().Err(err).Msg("shards are left to the collection of orphans")
+		return
+	}
+	for _, i := range m.work {
+		was, ok := m.was[i]
+		if !ok {
+			continue // it is gone, or what is there can't be told: an orphan
+		}
+		m.cleanShard(ctx, i, m.e.m.Shards[i], mark, was)
+	}
+}
+
+// cleanNew deletes what was written when the manifest was not changed, as cleanOld does.
+func (m *mending) cleanNew(intent string, rev int64) {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
 	for _, i := range m.work {
-		id := m.e.m.Shards[i]
-		if !committed {
-			id = m.next.Shards[i]
-		}
-		if id == "" || m.e.m.Shards[i] == m.next.Shards[i] {
-			continue // nothing, or written in place
-		}
-		if committed && m.unfit[i] {
-			continue // it is gone
-		}
-		if d := m.p.fleet.Member(id); d != nil {
-			mine, ok := asd.AssertValue(alba.AttemptKey(m.next.NamespaceID, m.next.Upload, i), m.id[:]), true
-			if committed {
-				mine, ok = m.was[i]
-			}
-			if !ok {
-				continue // what is there can't be told: an orphan
-			}
-			if err := d.deleteShard(ctx, m.next.NamespaceID, m.next.Upload, i, mine); err != nil {
-				m.p.opts.Log.Info().Err(err).Str("asd", id).Msg("shard is left to the collection of orphans")
-			}
-		}
+		mine := asd.AssertValue(alba.AttemptKey(m.next.NamespaceID, m.next.Upload, i), m.id[:])
+		m.cleanShard(ctx, i, m.next.Shards[i], 0, mine)
 	}
-	if !committed {
-		// Only now: who finds the intent gone may begin at once.
-		_, err := m.p.reg.Commit(ctx, []alba.Compare{{Key: intent, Revision: rev}}, []alba.Write{{Key: intent}})
-		if err != nil && !errors.Is(err, alba.ErrConflict) {
-			m.p.opts.Log.Warn().Err(err).Str("object", m.next.Object).Msg("intent of a failed repair is left to the collection of orphans")
-		}
+	// Only now: who finds the intent gone may begin at once.
+	_, err := m.p.reg.Commit(ctx, []alba.Compare{{Key: intent, Revision: rev}}, []alba.Write{{Key: intent}})
+	if err != nil && !errors.Is(err, alba.ErrConflict) {
+		m.p.opts.Log.Warn().Err(err).Str("object", m.next.Object).Msg("intent of a failed repair is left to the collection of orphans")
+	}
+}
+
+// cleanShard deletes a shard from a device that is not its place.
+func (m *mending) cleanShard(ctx context.Context, shard int, id string, mark alba.Position, attempt asd.Assert) {
+	d := m.p.fleet.Member(id)
+	if id == "" || d == nil || m.e.m.Shards[shard] == m.next.Shards[shard] { // nothing, or written in place
+		return
+	}
+	if err := d.deleteShard(ctx, m.next.NamespaceID, m.next.Upload, shard, mark, attempt); err != nil {
+		m.p.opts.Log.Info().Err(err).Str("asd", id).Msg("shard is left to the collection of orphans")
 	}
 }
 
 // deleteShard deletes one shard of an upload as long as the assert holds.
-func (m *Member) deleteShard(ctx context.Context, ns, upload alba.ID, shard int, attempt asd.Assert) error {
+func (m *Member) deleteShard(ctx context.Context, ns, upload alba.ID, shard int, mark alba.Position, attempt asd.Assert) error {
 	base := alba.ShardKey(ns, upload, shard)
 	ctx, cancel := context.WithTimeout(ctx, purgeTimeout)
 	defer cancel()
-	err := m.deletePrefix(ctx, alba.FragmentPrefix+base[len(alba.ShardPrefix):]+"/", []asd.Assert{attempt})
+	err := m.deletePrefix(ctx, alba.FragmentPrefix+base[len(alba.ShardPrefix):]+"/", mark, []asd.Assert{attempt})
 	if err == nil {
 		err = m.ApplyKnowing(ctx, []asd.Assert{attempt}, []asd.Update{asd.Delete(base), asd.Delete(alba.AttemptKey(ns, upload, shard))})
 	}

@@ -150,18 +150,57 @@ func (p *Proxy) checkPosition(ctx context.Context, id string, c asd.Client) erro
 	return fmt.Errorf("device %s was told of change %v: %w", id, told, ErrOlder)
 }
 
-// toTell returns what devices are to be told; ok is false if the generation is too long.
-func (p *Proxy) toTell() (pos alba.Position, ok bool) {
-	p.at.mu.Lock()
-	defer p.at.mu.Unlock()
-	return p.at.history.At(p.at.worth)
+// positionOf returns the position of a change that this proxy has seen, as devices may be
+// told it. The history is read after the change was seen: a generation that began since
+// begins behind it, so that what is told is never behind the end of the one that it is
+// told of.
+func (p *Proxy) positionOf(ctx context.Context, revision int64) (alba.Position, error) {
+	kv, _, err := p.reg.Get(ctx, alba.HistoryKey)
+	if err != nil {
+		return 0, err
+	}
+	if err := p.learn(kv, false); err != nil {
+		return 0, err
+	}
+	pos, ok := p.at.position(revision)
+	if !ok {
+		if err := p.beginGeneration(ctx); err != nil {
+			return 0, err
+		}
+		pos, ok = p.at.position(revision)
+	}
+	if !ok {
+		return 0, fmt.Errorf("how far the registry is can't be said now: %w", ErrBusy)
+	}
+	return pos, nil
 }
 
-// here returns how far the registry is for all that this proxy knows.
-func (p *Proxy) here() (pos alba.Position, ok bool) {
-	p.at.mu.Lock()
-	defer p.at.mu.Unlock()
-	return p.at.history.At(p.at.revision)
+// now returns how far the registry is.
+func (p *Proxy) now(ctx context.Context) (alba.Position, error) {
+	revision, err := p.reg.Commit(ctx, nil, nil)
+	if err != nil {
+		return 0, err
+	}
+	p.saw(revision, false)
+	return p.positionOf(ctx, revision)
+}
+
+// mark returns the position of a change, for devices that delete what it made
+// superfluous: they know it durably when that is gone, so that a registry of before does
+// not go on without it. 0 if devices are told nothing.
+func (p *Proxy) mark(ctx context.Context, revision int64) (alba.Position, error) {
+	if p.opts.Silent {
+		return 0, nil
+	}
+	return p.positionOf(ctx, revision)
+}
+
+// position returns that of a revision by the history that this proxy knows; ok is false if
+// the generation is too long.
+func (a *position) position(revision int64) (pos alba.Position, ok bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.history.At(revision)
 }
 
 // tell tells devices of changes as they come, at most once per tellEvery. It ends with
@@ -183,24 +222,16 @@ func (p *Proxy) tell() {
 }
 
 // tellNow tells all devices that are up, and don't know it yet, how far the registry is.
-// One that can't be told is told when it is back. The history is read after the change
-// was seen: a generation that began since begins behind it, so that what is told
-// is never behind the end of the one that it is told of.
+// One that can't be told is told when it is back.
 func (p *Proxy) tellNow(ctx context.Context) {
-	if pos, ok := p.toTell(); ok && !p.anyBefore(pos) {
+	p.at.mu.Lock()
+	worth := p.at.worth
+	p.at.mu.Unlock()
+	if pos, ok := p.at.position(worth); ok && !p.anyBefore(pos) {
 		return
 	}
-	kv, _, err := p.reg.Get(ctx, alba.HistoryKey)
-	pos, ok := p.toTell()
-	if h, derr := alba.DecodeHistory(kv); err == nil && derr == nil && len(h.Starts) > 0 && h.Starts[len(h.Starts)-1].Generation != pos.Generation() {
-		err = p.learn(kv, false)
-		pos, ok = p.toTell()
-	}
-	if err == nil && !ok {
-		err = p.beginGeneration(ctx)
-		pos, ok = p.toTell()
-	}
-	if err != nil || !ok {
+	pos, err := p.positionOf(ctx, worth)
+	if err != nil {
 		if ctx.Err() == nil {
 			p.opts.Log.Warn().Err(err).Msg("storage daemons can't be told how far the registry is")
 		}
@@ -302,14 +333,42 @@ func (m *Member) ApplyKnowing(ctx context.Context, asserts []asd.Assert, updates
 }
 
 func (m *Member) applyKnowing(ctx context.Context, asserts []asd.Assert, updates []asd.Update) error {
-	if m.fleet.here != nil {
-		pos, ok := m.fleet.here()
-		if !ok {
-			return fmt.Errorf("how far the registry is can't be said now: %w", ErrBusy)
-		}
+	if m.fleet.now == nil {
+		return m.Apply(ctx, asserts, updates, asd.PriorityRepair)
+	}
+	pos, err := m.fleet.now(ctx)
+	if err != nil {
+		return err
+	}
+	if m.fleet.silent {
 		asserts = append(asserts[:len(asserts):len(asserts)], asd.AssertEpoch(alba.PositionName, uint64(pos)))
+	} else { // fails where the assert would
+		updates = append(updates[:len(updates):len(updates)], asd.RaiseEpoch(alba.PositionName, uint64(pos)))
 	}
 	return m.Apply(ctx, asserts, updates, asd.PriorityRepair)
+}
+
+// applyMarked is Apply of deletions: the device knows a position of the registry before they
+// are done, or with them.
+func (m *Member) applyMarked(ctx context.Context, mark alba.Position, asserts []asd.Assert, updates []asd.Update) error {
+	m.mu.Lock()
+	known := m.told >= mark
+	m.mu.Unlock()
+	if known {
+		return m.Apply(ctx, asserts, updates, asd.PriorityRepair)
+	}
+	marked := append(updates[:len(updates):len(updates)], asd.RaiseEpoch(alba.PositionName, uint64(mark)))
+	err := m.Apply(ctx, asserts, marked, asd.PriorityRepair)
+	later := staleName(err) == alba.PositionName
+	if err == nil || later {
+		m.mu.Lock()
+		m.told = max(m.told, mark)
+		m.mu.Unlock()
+	}
+	if later {
+		return m.Apply(ctx, asserts, updates, asd.PriorityRepair)
+	}
+	return err
 }
 
 // Older returns ErrOlder with a device that knows more than the registry, if there is

@@ -133,7 +133,7 @@ func New(ctx context.Context, o Options) (*Proxy, error) {
 	p := &Proxy{opts: o, reg: o.Registry, fleet: NewFleet(o.Registry, o.Dial, o.Location), memory: semaphore.NewWeighted(o.MemoryBytes),
 		late: make(chan struct{}, lateUploads), purges: make(chan struct{}, purgesAtOnce), writeTimeout: writeTimeout}
 	p.at.news = make(chan struct{}, 1)
-	p.fleet.check, p.fleet.here, p.fleet.refresh = p.checkPosition, p.here, p.reread
+	p.fleet.check, p.fleet.now, p.fleet.refresh, p.fleet.silent = p.checkPosition, p.now, p.reread, o.Silent
 	p.cache.init(o.CacheObjects)
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	events, err := p.reg.Watch(p.ctx, alba.Prefix, 0)

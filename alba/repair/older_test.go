@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -12,6 +13,7 @@ import (
 
 	"scoria/alba"
 	"scoria/alba/albatest"
+	"scoria/alba/asd"
 	"scoria/alba/asd/asdtest"
 	"scoria/alba/proxy"
 	"scoria/alba/repair"
@@ -135,6 +137,105 @@ func TestOlderRegistryDeletesNothing(t *testing.T) {
 			r.expectAll(r.p)
 			r.expectClean()
 		})
+	}
+}
+
+// TestDeviceKnowsWhyItDeleted: a device that has deleted fragments knows the change of the
+// registry that made them superfluous, however soon afterwards the daemon dies: a registry
+// of right before that change is recognised, and nothing is lost.
+func TestDeviceKnowsWhyItDeleted(t *testing.T) {
+	one := albatest.Preset(alba.Policy{K: 1, M: 0, C: 1, X: 1})
+	two := albatest.Preset(alba.Policy{K: 1, M: 1, C: 2, X: 1}, one.Policies[0])
+	for what, c := range map[string]struct {
+		key    string // prefix of what the change writes
+		change func(r *rig)
+	}{
+		"deleted": {alba.TrashPrefix, func(r *rig) {
+			must(r.t, r.p.Delete(r.t.Context(), ns, "o1", 1))
+			delete(r.objects, "o1")
+		}},
+		"stored anew": {alba.TrashPrefix, func(r *rig) {
+			must(r.t, r.p.SetPreset(r.t.Context(), two))
+			_, err := r.m.Pass(r.t.Context())
+			must(r.t, err)
+		}},
+		"moved": {alba.ObjectPrefix, func(r *rig) {
+			must(r.t, r.p.SetDeviceState(r.t.Context(), r.Disks[0].ID, alba.DeviceDraining))
+			must(r.t, r.p.SetDeviceState(r.t.Context(), r.Disks[1].ID, alba.DeviceDraining))
+			_, err := r.m.Pass(r.t.Context())
+			must(r.t, err)
+		}},
+		"left by a move": {alba.ObjectPrefix, func(r *rig) {
+			for _, d := range r.Disks[:2] {
+				d.Faulty.Set(asdtest.Fault{Hook: func(op, key string) error {
+					if op == "Apply" && (strings.HasPrefix(key, alba.FragmentPrefix) || key == alba.PositionName) {
+						return asd.ErrAssert // as for one whose shards are being moved
+					}
+					return nil
+				}})
+				must(r.t, r.p.SetDeviceState(r.t.Context(), d.ID, alba.DeviceDraining))
+			}
+			_, err := r.m.Pass(r.t.Context())
+			must(r.t, err)
+			r.deaf()
+			_, err = r.m.Collect(r.t.Context())
+			must(r.t, err)
+		}},
+	} {
+		t.Run(what, func(t *testing.T) {
+			r := newRig(t, 3, one, nil)
+			for i := range 6 {
+				r.put(fmt.Sprint("o", i), 30_000)
+			}
+			r.p.Close() // all were told
+			r.deaf()
+			r.restart()
+			before := r.keys(alba.FragmentPrefix)
+			var backup *albatest.Registry
+			reg := r.Reg
+			reg.SetHook(func(writes []alba.Write) error {
+				if backup == nil && slices.ContainsFunc(writes, func(w alba.Write) bool { return strings.HasPrefix(w.Key, c.key) && w.Value != nil }) {
+					backup = reg.Backup()
+				}
+				return nil
+			})
+			c.change(r)
+			reg.SetHook(nil)
+			albatest.Eventually(t, "something is deleted", func() bool {
+				now := r.keys(alba.FragmentPrefix)
+				return slices.ContainsFunc(before, func(k string) bool { return !slices.Contains(now, k) })
+			})
+			r.p.Close()
+			r.hear()
+			r.putBack(backup)
+			r.maintainOlder()
+			if report := r.rebuildAll(r.Disks); report.Objects != len(r.objects) || len(report.Lost) > 0 {
+				t.Fatalf("%+v", report)
+			}
+			r.expectAll(r.p)
+			r.settle()
+			r.expectAll(r.p)
+			r.expectClean()
+		})
+	}
+}
+
+// deaf has all devices refuse to be told how far the registry is, by itself.
+func (r *rig) deaf() {
+	for _, d := range r.Disks {
+		d.Faulty.Set(asdtest.Fault{Hook: func(op, key string) error {
+			if op == "Apply" && key == alba.PositionName {
+				return asd.ErrAssert
+			}
+			return nil
+		}})
+	}
+}
+
+// hear ends deaf.
+func (r *rig) hear() {
+	for _, d := range r.Disks {
+		d.Faulty.Set(asdtest.Fault{})
 	}
 }
 

@@ -272,16 +272,7 @@ func (r *rig) objectKey(name string) string {
 // TestOrphansByPages: collection and verification find what they should although they
 // never list all manifests.
 func TestOrphansByPages(t *testing.T) {
-	r := newRig(t, 3, albatest.Preset(alba.Policy{K: 2, M: 1, C: 3, X: 1}), nil)
-	for i := range 10 {
-		r.put(fmt.Sprint("o", i), 20_000)
-	}
-	reg := &paged{Registry: r.Reg}
-	p, err := proxy.New(t.Context(), proxy.Options{Registry: reg, Dial: r.Dial, Node: "other", Preset: "p", Keys: albatest.Keys(t, "a")})
-	must(t, err)
-	t.Cleanup(p.Close)
-	faults := repair.NewFaults()
-	m := repair.New(repair.Options{Proxy: p, Faults: faults, DownAfter: time.Hour})
+	r, reg := pagedRig(t, 3, alba.Policy{K: 2, M: 1, C: 3, X: 1})
 	var orphans int64
 	kv, _, err := r.Reg.Get(t.Context(), r.objectKey("o3"))
 	must(t, err)
@@ -300,20 +291,18 @@ func TestOrphansByPages(t *testing.T) {
 			orphans++
 		}
 	}
-	deleted, err := m.Collect(t.Context())
+	deleted, err := r.m.Collect(t.Context())
 	must(t, err)
 	if deleted != orphans {
 		t.Errorf("%d keys were deleted, want %d", deleted, orphans)
 	}
 	r.expectClean()
-	r.expectAll(p)
+	r.expectAll(r.p)
 	r.Disk(man.Shards[1]).Drop(t, alba.FragmentKey(man.NamespaceID, man.Upload, 1, 0))
-	must(t, m.Start(t.Context(), repair.JobVerify))
-	must(t, m.RunJob(t.Context(), repair.JobVerify))
-	if faults.Empty() {
+	must(t, r.m.Start(t.Context(), repair.JobVerify))
+	must(t, r.m.RunJob(t.Context(), repair.JobVerify))
+	if r.faults.Empty() {
 		t.Error("verification found nothing")
 	}
-	if reg.lists.Load() > 0 || reg.largest.Load() == 0 {
-		t.Errorf("%d lists of all objects, pages of up to %d", reg.lists.Load(), reg.largest.Load())
-	}
+	reg.expectPages(t)
 }

@@ -58,7 +58,8 @@ type rebuild struct {
 	report  Rebuilt
 	cluster string
 
-	presets    map[string]alba.Preset
+	presets    map[string]orderedPreset
+	orders     map[string]alba.Position // of the copies of presets on the device that is being read
 	namespaces map[alba.ID]alba.Namespace
 	epochs     map[alba.ID]uint64
 	uploads    map[alba.ID]*found
@@ -66,6 +67,12 @@ type rebuild struct {
 	devices    []alba.Device
 	positions  map[string]alba.Position // of the devices that were read
 	stated     map[string]statement     // of devices, by others
+}
+
+// orderedPreset is the latest copy of a preset.
+type orderedPreset struct {
+	alba.Preset
+	at alba.Position // of the change that it is from; 0: not known
 }
 
 // statement is the latest that a device was told of whether another one was removed.
@@ -83,7 +90,7 @@ type statement struct {
 // them on an empty registry. A device that others know to have been removed is left out:
 // what it has may have been deleted since. Nothing on the devices is changed.
 func RebuildRegistry(ctx context.Context, reg alba.Registry, dial proxy.Dial, devices []alba.Device, log zerolog.Logger) (Rebuilt, error) {
-	b := &rebuild{reg: reg, log: log, presets: map[string]alba.Preset{}, namespaces: map[alba.ID]alba.Namespace{},
+	b := &rebuild{reg: reg, log: log, presets: map[string]orderedPreset{}, namespaces: map[alba.ID]alba.Namespace{},
 		epochs: map[alba.ID]uint64{}, uploads: map[alba.ID]*found{}, deleted: map[alba.ID]bool{}, positions: map[string]alba.Position{}, stated: map[string]statement{}}
 	err := b.checkEmpty(ctx)
 	for _, read := range []func(context.Context, proxy.Dial, alba.Device) error{b.statements, b.device} {
@@ -226,6 +233,7 @@ func (b *rebuild) each(ctx context.Context, c asd.Client, d, prefix string, fn f
 }
 
 func (b *rebuild) readEpochs(ctx context.Context, c asd.Client, d string) error {
+	b.orders = map[string]alba.Position{}
 	for after := ""; ; {
 		list, more, err := c.Epochs(ctx, after)
 		if err != nil {
@@ -235,6 +243,9 @@ func (b *rebuild) readEpochs(ctx context.Context, c asd.Client, d string) error 
 			after = e.Namespace
 			if e.Namespace == alba.PositionName {
 				b.positions[d] = alba.Position(e.Epoch)
+			}
+			if name, ok := strings.CutPrefix(e.Namespace, alba.PresetOrderPrefix); ok {
+				b.orders[name] = alba.Position(e.Epoch)
 			}
 			if id, err := alba.ParseID(e.Namespace); err == nil {
 				b.epochs[id] = max(b.epochs[id], e.Epoch)
@@ -255,10 +266,14 @@ func (b *rebuild) preset(ctx context.Context, c asd.Client, _, key string) error
 	if err == nil {
 		err = ps.Check()
 	}
-	if err == nil {
-		b.presets[ps.Name] = ps
+	if err != nil {
+		return err
 	}
-	return err
+	at := b.orders[ps.Name]
+	if old, ok := b.presets[ps.Name]; !ok || at > old.at {
+		b.presets[ps.Name] = orderedPreset{ps, at}
+	}
+	return nil
 }
 
 func (b *rebuild) namespace(ctx context.Context, c asd.Client, _, key string) error {
@@ -415,7 +430,7 @@ func (b *rebuild) commit(ctx context.Context) error {
 	writes := []alba.Write{{Key: alba.ClusterKey, Value: []byte(b.cluster)}, {Key: alba.HistoryKey, Value: alba.Encode(history)}}
 	for _, ps := range b.presets {
 		b.report.Presets++
-		writes = append(writes, alba.Write{Key: alba.PresetKey(ps.Name), Value: alba.Encode(ps)})
+		writes = append(writes, alba.Write{Key: alba.PresetKey(ps.Name), Value: alba.Encode(ps.Preset)})
 	}
 	missing := map[string]bool{}
 	for _, f := range b.chosen() {

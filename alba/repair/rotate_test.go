@@ -157,7 +157,7 @@ func TestFenceThatIsLate(t *testing.T) {
 	var mu sync.Mutex
 	for _, d := range r.Disks {
 		d.Faulty.Set(asdtest.Fault{Hook: func(op, key string) error {
-			if op != "Apply" || key != n.ID.String() { // the rotation's begin with a preset
+			if op != "Apply" || key != n.ID.String() { // the rotation's begin with a copy's order
 				return nil
 			}
 			mu.Lock()

@@ -75,11 +75,9 @@ func (m *Maintainer) Status(ctx context.Context) (Status, error) {
 	}
 	slices.SortFunc(st.Devices, func(a, b DeviceStatus) int { return strings.Compare(a.ID, b.ID) })
 	for prefix, n := range map[string]*int{alba.IntentPrefix: &st.Intents, alba.TrashPrefix: &st.Trash} {
-		kvs, err := m.reg.List(ctx, prefix)
-		if err != nil {
+		if err := alba.Each(ctx, m.reg, prefix, func(alba.KV) error { *n++; return nil }); err != nil {
 			return st, err
 		}
-		*n = len(kvs)
 	}
 	return st, nil
 }
