@@ -14,7 +14,10 @@ import (
 
 var (
 	faultSeed = flag.Uint64("fault-seed", 0, "which disks the faults of TestP5EveryPairOfFaults hit; 0: others at each run")
-	faultsAll = flag.Bool("faults-all", false, "let TestP5EveryPairOfFaults hit every pair of disks with every pair of faults: takes minutes")
+	faultsAll = flag.Bool("faults-all", false, "let TestP5EveryPairOfFaults hit every pair of disks with every pair of faults: takes an hour")
+	// For -faults-all in portions: with one seed, slices 0 to n-1 of n are all cases.
+	faultSlice  = flag.Int("fault-slice", 0, "which of -fault-slices slices of its cases TestP5EveryPairOfFaults runs, counted from 0")
+	faultSlices = flag.Int("fault-slices", 1, "into how many slices TestP5EveryPairOfFaults cuts its cases")
 )
 
 // diskFaults are what can happen to a storage daemon. begin has it happen, again
@@ -121,11 +124,12 @@ func TestP5EveryPairOfFaults(t *testing.T) {
 		p := &faultPlans[i]
 		rng := rand.New(rand.NewPCG(seed, uint64(i)))
 		cases := p.cases(rng, *faultsAll)
+		cases = cases[len(cases)**faultSlice / *faultSlices : len(cases)*(*faultSlice+1) / *faultSlices]
 		for part := range p.parts {
 			cases, rng := cases[len(cases)*part/p.parts:len(cases)*(part+1)/p.parts], rand.New(rand.NewPCG(rng.Uint64(), 0))
 			t.Run(fmt.Sprintf("%d+%d/%d", p.policies[0].K, p.policies[0].M, part), func(t *testing.T) {
 				t.Parallel()
-				t.Logf("-fault-seed %d", seed)
+				t.Logf("-fault-seed %d, slice %d of %d", seed, *faultSlice, *faultSlices)
 				r := newFaultRig(t, p.disks, 2*len(cases), p.policies, rng, func(c *Config) {
 					if rng.IntN(2) == 0 {
 						c.Backend.RepairAfter = Duration(time.Second) // rebuilt elsewhere while the fault lasts

@@ -148,6 +148,7 @@ func (l *lane) dial() {
 	ctx, cancel := context.WithTimeout(l.c.ctx, l.c.opts.DialTimeout)
 	defer cancel()
 	k, err := l.c.connect(ctx)
+	err = severed(err)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	close(l.dialing)

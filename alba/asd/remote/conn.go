@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -99,6 +100,7 @@ func (k *conn) end(err error) {
 	if err == nil {
 		err = net.ErrClosed
 	}
+	err = severed(err)
 	k.err = err
 	pending := k.pending
 	k.pending = nil
@@ -109,6 +111,16 @@ func (k *conn) end(err error) {
 		c.err = err
 		close(c.done)
 	}
+}
+
+// severed is an error of a connection as callers may see it: io.EOF and
+// io.ErrUnexpectedEOF would tell them that a value ends, where it is the connection
+// that did.
+func severed(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return fmt.Errorf("the connection was closed: %v", err)
+	}
+	return err
 }
 
 func (k *conn) alive() bool {
