@@ -93,4 +93,15 @@
 // being recognised. What was only stored in the second before the loss does not make a
 // backup of that second recognised, and is taken for orphans; uploads would pay
 // for it with one more sync each.
+//
+// A device may be away at the start, and turn out later to know more. It is shut out then:
+// nothing on it is read or changed, and nothing is deleted from the others any more
+// either, for what this registry makes superfluous may be what the newer state is built on.
+// Volumes that are open go on. They are volumes that could be opened from devices of
+// which none was told a later change: with c > m, and as many devices as shards, there are
+// none, since what was stored after the backup has told c devices, and the others are
+// fewer than k. With other policies they were opened as they were at the backup, and the
+// operator says which state is to live: removing the device keeps what they are now; a
+// rebuild takes of two objects of one name the one that was stored last, so what was
+// written since must be copied away and the volumes be closed before.
 package alba

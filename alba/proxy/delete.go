@@ -195,8 +195,12 @@ func (p *Proxy) purgeSoon(ns, upload alba.ID, rec alba.Intent, rev int64) {
 
 // Purge deletes what an upload left on the devices of its trash record, then the
 // record, which must be of revision rev. While a device is out of reach the others
-// remember the deletion, and the record stays.
+// remember the deletion, and the record stays; so it does, and nothing is deleted, while a
+// device knows more than the registry (ErrOlder).
 func (p *Proxy) Purge(ctx context.Context, ns, upload alba.ID, rec alba.Intent, rev int64) error {
+	if err := p.Older(); err != nil {
+		return err
+	}
 	mark, err := p.mark(ctx, rev)
 	if err != nil {
 		return err

@@ -282,11 +282,33 @@ func TestDeviceThatKnowsMore(t *testing.T) {
 	if reason, _ := r.p.Fleet().Member(knows.ID).Down(); reason == "" {
 		t.Error("the device is used")
 	}
-	must(t, r.p.Put(t.Context(), ns, "another", 1, bytes.NewReader(nil), 0))
+	must(t, r.p.Put(t.Context(), ns, "another", 1, bytes.NewReader(make([]byte, 30_000)), 30_000))
+	// What is deleted may be what the newer state needs: it stays on the others.
+	others := func() string { return fmt.Sprint(r.Disks[1].Keys(t), r.Disks[2].Keys(t)) }
+	before = others()
+	must(t, r.p.Delete(t.Context(), ns, "another", 1))
+	kv := mustList(t, r.Reg, alba.TrashPrefix)[0]
+	rec, err := alba.Decode[alba.Intent](kv.Value)
+	must(t, err)
+	of, upload, err := alba.SplitKey(kv.Key, alba.TrashPrefix)
+	must(t, err)
+	if err := r.p.Purge(t.Context(), of, upload, rec, kv.Revision); !errors.Is(err, proxy.ErrOlder) {
+		t.Errorf("purged: %v", err)
+	}
+	r.maintainOlder()
+	if after := others(); after != before {
+		t.Fatalf("of\n%s\nare left\n%s", before, after)
+	}
 	// Given up, it is in nobody's way.
 	must(t, r.p.SetDeviceState(t.Context(), knows.ID, alba.DeviceRemoved))
-	_, err := r.m.Collect(t.Context())
-	must(t, err)
+	albatest.Eventually(t, "what was deleted is gone", func() bool {
+		_, err := r.m.Collect(t.Context())
+		must(t, err)
+		return len(mustList(t, r.Reg, alba.TrashPrefix)) == 0
+	})
+	if after := others(); after == before {
+		t.Error("nothing is deleted")
+	}
 }
 
 // forgetPosition makes a device anew with the same values, and of what it was told
