@@ -46,6 +46,7 @@ var needs = []need{
 	{"busybox-static", []string{"busybox"}, "the test guests' user space"},
 	{"e2fsprogs", []string{"mke2fs", "e2fsck", "resize2fs"}, "makes and checks file systems, in the guest and outside"},
 	{"libdevmapper1.02.1", []string{"/usr/lib/x86_64-linux-gnu/libdevmapper.so.1.02.1"}, "GRUB's image maker links with it"},
+	{"systemd", []string{"/usr/lib/systemd/systemd", "systemctl"}, "a test guest starts the packaged units with it; this machine is not booted with it"},
 	{"util-linux", []string{"blkdiscard", "fstrim"}, "gives space back in the guest"},
 	{"zstd", []string{"zstd"}, "unpacks kernel modules"},
 	{"xz-utils", []string{"xz"}, "unpacks kernel modules"},
