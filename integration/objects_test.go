@@ -33,8 +33,24 @@ func (e *env) startASD(name string, args ...string) *asdProcess {
 	return a
 }
 
-// runASD starts a scoria-asd, for the first time or again.
+// runASD starts a scoria-asd, for the first time or again, and waits until it listens.
 func (e *env) runASD(a *asdProcess, args ...string) {
+	e.Helper()
+	e.spawnASD(a, args...)
+	e.poll(filepath.Base(a.dir)+" to listen", func() (bool, error) {
+		if err := a.Dead(); err != nil {
+			return false, err
+		}
+		c, err := net.Dial("tcp", a.address)
+		if err != nil {
+			return false, nil
+		}
+		return true, c.Close()
+	})
+}
+
+// spawnASD starts a scoria-asd that need not come up.
+func (e *env) spawnASD(a *asdProcess, args ...string) {
 	e.Helper()
 	name := filepath.Base(a.dir)
 	log := filepath.Join(e.DataDir, name+".log")
@@ -48,16 +64,6 @@ func (e *env) runASD(a *asdProcess, args ...string) {
 		if e.Failed() {
 			e.Logf("the log of %s ends:\n%s", name, bed.Tail(log, 20))
 		}
-	})
-	e.poll(name+" to listen", func() (bool, error) {
-		if err := a.Dead(); err != nil {
-			return false, err
-		}
-		c, err := net.Dial("tcp", a.address)
-		if err != nil {
-			return false, nil
-		}
-		return true, c.Close()
 	})
 }
 
