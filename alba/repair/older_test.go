@@ -65,6 +65,17 @@ func (r *rig) rebuildAll(disks []*albatest.Disk) repair.Rebuilt {
 	return report
 }
 
+// rebuildWhole makes the registry anew from all devices: every object is there, and stays.
+func (r *rig) rebuildWhole() {
+	r.t.Helper()
+	if report := r.rebuildAll(r.Disks); report.Objects != len(r.objects) || len(report.Lost) > 0 {
+		r.t.Fatalf("%+v", report)
+	}
+	r.expectAll(r.p)
+	r.settle()
+	r.expectAll(r.p)
+}
+
 // TestOlderRegistryDeletesNothing: with a registry that was put back from a backup, what
 // was stored, moved or committed since is not taken for orphans, also not after several
 // restarts; the registry is rebuilt from the devices, and all is there.
@@ -125,12 +136,7 @@ func TestOlderRegistryDeletesNothing(t *testing.T) {
 				}
 				r.restart()
 			}
-			if report := r.rebuildAll(r.Disks); report.Objects != len(r.objects) || len(report.Lost) > 0 {
-				t.Fatalf("%+v", report)
-			}
-			r.expectAll(r.p)
-			r.settle()
-			r.expectAll(r.p)
+			r.rebuildWhole()
 			r.put("after", 20_000)
 			r.restart()
 			r.settle()
@@ -209,12 +215,7 @@ func TestDeviceKnowsWhyItDeleted(t *testing.T) {
 			r.hear()
 			r.putBack(backup)
 			r.maintainOlder()
-			if report := r.rebuildAll(r.Disks); report.Objects != len(r.objects) || len(report.Lost) > 0 {
-				t.Fatalf("%+v", report)
-			}
-			r.expectAll(r.p)
-			r.settle()
-			r.expectAll(r.p)
+			r.rebuildWhole()
 			r.expectClean()
 		})
 	}
