@@ -16,10 +16,10 @@ func TestP8CancelFlushOnFullDisk(t *testing.T) { overStores(t, testP8CancelFlush
 
 func testP8CancelFlushOnFullDisk(t *testing.T, k storeKind) {
 	w := newWorld(t, k, rand.New(rand.NewPCG(1, 2)), 4<<20, 1<<20, 6<<20)
-	w.fs.SetCapacity(w.fs.Used() + 64<<10)
 	if err := w.write(0, 64*cluster, false); err != nil {
 		t.Fatal(err)
 	}
+	w.fs.SetCapacity(w.fs.Used() + 64<<10) // somebody takes the room that was promised to the write
 	ended := make(chan error, 1)
 	r := &block.Request{Op: block.OpFlush, Owner: "gone", Complete: func(r *block.Request) { ended <- r.Err }}
 	w.vol.Submit([]*block.Request{r})

@@ -289,6 +289,8 @@ func (c *checkpoints) take(ctx context.Context, snap *Snapshot, force bool) erro
 	}
 	c.sequence++
 	ck.Commit()
+	v.eng.room.look()
+	v.adjustRoom()
 	c.pos, c.overdue = pos, false
 	objects := c.own(v.m.Objects())
 	if snap != nil {
@@ -333,10 +335,10 @@ func (c *checkpoints) write(ctx context.Context, ck *lba.Checkpoint, n *newRoot)
 			c.removeObjects(first, c.object)
 		}
 	}()
-	if err := c.writePages(ctx, ck); err != nil {
+	if err := c.syncLog(n.snapshot != nil); err != nil {
 		return err
 	}
-	if err := c.syncLog(n.snapshot != nil); err != nil {
+	if err := c.writePages(ctx, ck); err != nil {
 		return err
 	}
 	buf, err := c.encodeRoot(n)
@@ -376,13 +378,15 @@ func (c *checkpoints) unmake() bool {
 	return err == nil
 }
 
-// syncLog makes the log durable. A snapshot that a full disk does not let in fails;
-// an ordinary checkpoint waits.
+// errLogBehind: the log can't be written to the disk now, which may pass.
+var errLogBehind = errors.New("the log can't be written out")
+
+// syncLog makes the log durable. It does not wait until the disk takes it, as what
+// gives room back needs the checkpoints' lock: it fails, with errLogBehind unless it is
+// for a snapshot or a rollback, which a full disk refuses. It comes before the pages,
+// which an attempt that fails has then not written in vain.
 func (c *checkpoints) syncLog(once bool) error {
 	v := c.v
-	if !once {
-		return v.syncAll(v.gently())
-	}
 	if v.failed.Load() {
 		return fmt.Errorf("%w: an earlier sync failed", block.ErrFailed)
 	}
@@ -390,7 +394,15 @@ func (c *checkpoints) syncLog(once bool) error {
 	target := v.cur
 	records, _ := unpack(target.head.Load())
 	v.gate.RUnlock()
-	return v.trySync(target, records, v.gently())
+	err := v.trySync(target, records, v.gently())
+	if err != nil && !v.failed.Load() {
+		v.ioFailed(err)
+		if once {
+			return err
+		}
+		return fmt.Errorf("%w: %w", errLogBehind, err)
+	}
+	return err
 }
 
 // encodeRoot is done when the pages are written: a snapshot then knows which page
@@ -428,6 +440,7 @@ func encodeRoot(root *lba.Root) ([]byte, error) {
 
 // writeRoot stores a root under a name; tried is set before that can exist.
 func (c *checkpoints) writeRoot(name string, root []byte, tried *bool) error {
+	c.v.rootBytes.Store(int64(len(root)))
 	if err := c.v.stageMapFile(name, bytes.NewReader(root), int64(len(root))); err != nil {
 		return err
 	}

@@ -89,12 +89,13 @@ func (v *Volume) clearClusters(r *block.Request, first, n uint64) error {
 		room := v.eng.pool.roomChan()
 		done, err := v.clearExclusive(first, n)
 		if err == errNoRoom {
-			if err := v.waitForRoom(r, room); err != nil {
+			if err := v.waitForRoom(r, room, true); err != nil {
 				return err
 			}
 			continue
 		}
 		if done || err != nil {
+			v.roomFound()
 			return err
 		}
 	}

@@ -79,7 +79,7 @@
 // A clone takes its ancestors' metaMu with its own checkpoints.mu held, never the
 // other way round.
 //
-// fileCache.mu, crcCache.mu, sumCache.mu, liveTable.mu, parked.mu, storeWaits.mu, conds.mu, claims.mu, users.mu are
+// fileCache.mu, crcCache.mu, sumCache.mu, liveTable.mu, parked.mu, storeWaits.mu, conds.mu, claims.mu, users.mu, diskRoom.mu are
 // leaves. Nothing waits for a disk, a store or the pool while it holds gate, except
 // the end of a rollback, when no front end has the volume.
 //
@@ -98,7 +98,10 @@
 // whoever is inside without a request (users) and for requests, and only then
 // writes the last checkpoint: nothing else writes to the log by then.
 //
-// A full disk pauses (P8), and so does a store that does not answer
+// A full disk pauses (P8): a write is taken only if the disk has room for it beside the
+// reserve, for all volumes together (room.go), so that what is in the pool can always be
+// written out and go into a checkpoint, by which room is given back. If others have used
+// up the disk, flushes wait too, and what needs a checkpoint tries again. So does a store that does not answer
 // (storewait.go). A failed sync is final for the volume: flushes and writes fail
 // until the daemon is restarted, because nobody can say what the disk kept; what
 // it has in the pool is written out without a sync, so that others get the room. A

@@ -40,6 +40,7 @@ type Engine struct {
 	crcs  crcCache
 	files *fileCache
 	sums  sumCache
+	room  diskRoom
 
 	adopted bool
 	drain   atomic.Bool
@@ -93,6 +94,9 @@ func openEngine(cfg Config, ticks <-chan time.Time) (*Engine, error) {
 		cfg: cfg, pool: p, cache: c, files: newFileCache(), adopted: adopted,
 		volumes: map[uuid.UUID]*Volume{}, stop: make(chan struct{}),
 	}
+	e.room.fs, e.room.dir, e.room.reserve = cfg.FS, cfg.DataDir, cfg.ReserveBytes
+	e.room.free.Store(1 << 60) // if nobody can tell
+	e.room.look()
 	e.nice.probe()
 	e.now.Store(time.Now().UnixNano())
 	e.stopped.Add(2)
@@ -158,6 +162,10 @@ func (e *Engine) housekeeper(ticks <-chan time.Time) {
 			e.now.Store(now.UnixNano())
 		case now = <-e.cfg.Ticks:
 		}
+		e.room.look()
+		if e.room.tight() {
+			e.makeDiskRoom()
+		}
 		for _, v := range e.list() {
 			v.tick(now)
 		}
@@ -195,16 +203,18 @@ const maxClosed = 32
 // A head that is filled in part holds chunks that only its end can free, so those
 // that were not written to for the longest time are closed. One that was written
 // to just now is left alone, unless heads take a good part of the pool: closing it
-// would cost its volume a new SCO every few writes and free next to nothing.
+// would cost its volume a new SCO every few writes and free next to nothing. They are
+// closed, too, when it is the disk that has no room: to one that is closed no more is
+// promised than it takes.
 func (e *Engine) kickAll() {
 	const perHead = 2 // chunks: one of clusters, one of records
 	volumes := e.list()
 	crowd := uint32(len(volumes))*perHead > e.pool.n/4
 	recently := e.now.Load() - int64(2*time.Second)
 	slices.SortFunc(volumes, func(a, b *Volume) int { return cmp.Compare(a.lastWrite.Load(), b.lastWrite.Load()) })
-	closed := 0
+	closed, wanted := 0, e.room.tight()
 	for _, v := range volumes {
-		if closed < maxClosed && e.pool.fill() > throttleAt && (crowd || v.lastWrite.Load() < recently) && v.closeHead() {
+		if closed < maxClosed && (e.pool.fill() > throttleAt || wanted) && (crowd || v.lastWrite.Load() < recently) && v.closeHead() {
 			closed++
 		}
 		v.kickIO()
@@ -306,6 +316,7 @@ func (e *Engine) openVolume(ctx context.Context, cfg VolumeConfig, tag uint32) (
 		slots *= 2
 	}
 	v.ram = make([]ramSlot, slots)
+	v.openBytes = newLogSCO(v, 0, 0, 0).hdr.OpenSize()
 	v.lastWrite.Store(e.now.Load())
 	v.setInfo()
 	v.ckpt = newCheckpoints(v)

@@ -80,7 +80,10 @@ func (v *Volume) moveHere(ctx context.Context, batch []moving) error {
 		}
 	}
 	for {
-		err := v.move(ctx, batch)
+		err := errNoRoom // what it moves takes room for good, so the reserve is not for it
+		if !v.lacksRoom(false) {
+			err = v.move(ctx, batch)
+		}
 		if !errors.Is(err, errNoRoom) {
 			return err
 		}

@@ -164,8 +164,7 @@ func (v *Volume) ioLoop() {
 			continue
 		}
 		if more {
-			v.settle("disk-full")
-			v.settle("disk-error")
+			v.settleDisk()
 			v.kickIO()
 		}
 	}
@@ -254,8 +253,7 @@ func (v *Volume) syncAll(one int) error {
 	for {
 		err := v.trySync(target, records, one)
 		if err == nil {
-			v.settle("disk-full")
-			v.settle("disk-error")
+			v.settleDisk()
 			return nil
 		}
 		if v.failed.Load() {

@@ -22,7 +22,7 @@ func (r *rig) second(name string) *driver.Volume {
 	r.t.Helper()
 	cfg := r.cfg
 	cfg.ID, cfg.Name = uuid.NewSHA1(r.cfg.ID, []byte(name)), name
-	r.must(r.eng.CreateVolume(context.Background(), cfg))
+	r.must(r.eng.CreateVolume(context.Background(), cfg)) // may be repeated
 	v, err := r.eng.OpenVolume(context.Background(), cfg)
 	r.must(err)
 	return v

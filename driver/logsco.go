@@ -37,6 +37,8 @@ type logSCO struct {
 
 	reader atomic.Pointer[vfs.File] // file, for reads, until sealed
 
+	promise atomic.Int64 // bytes of the disk that are promised to it and not taken yet
+
 	// The rest belongs to whoever holds vol.ioMu.
 	file     vfs.File
 	created  bool   // this process made file: what lies in it is known

@@ -30,6 +30,10 @@ const (
 // not slowed down for the pool's sake: it is others that fill it.
 const exemptShare = 0.5
 
+// minPerCluster is what the disk needs for a cluster at least, in nanoseconds, where it
+// is not known yet or a flush found nothing to do.
+const minPerCluster = 1000
+
 // mustThrottle reports whether writes have to go through the queue: somebody
 // waits already, or they have a pace to keep (mayThrottle) and are ahead of it.
 func (v *Volume) mustThrottle(paced bool) bool {
@@ -41,11 +45,13 @@ func (v *Volume) mustThrottle(paced bool) bool {
 
 // mayThrottle reports whether writes have a pace to keep.
 func (v *Volume) mayThrottle() bool {
-	return v.eng.pool.fill() > throttleAt && v.eng.pool.share(v) > exemptShare || v.tooMuchGarbage.Load()
+	return v.eng.pool.fill() > throttleAt && v.eng.pool.share(v) > exemptShare || v.tooMuchGarbage.Load() ||
+		v.eng.room.left() < 2*v.spare()
 }
 
 // throttleDelay is how long writers rest after that many clusters: from nothing
-// at throttleAt to twice what the disk needs for them when the pool is full.
+// at throttleAt to twice what the disk needs for them when the pool is full, and
+// longer when the disk will soon be (roomDelay).
 func (v *Volume) throttleDelay(clusters uint32) time.Duration {
 	per := float64(v.eng.perCluster.Load())
 	f := (v.eng.pool.fill() - throttleAt) / (1 - throttleAt)
@@ -55,18 +61,17 @@ func (v *Volume) throttleDelay(clusters uint32) time.Duration {
 	if v.tooMuchGarbage.Load() {
 		f = max(f, 0.5)
 	}
-	if f <= 0 {
-		return 0
-	}
-	return time.Duration(2 * f * per * float64(clusters))
+	slow := max(2*f*per, v.roomDelay()*max(per, minPerCluster))
+	return time.Duration(max(0, slow) * float64(clusters))
 }
 
 // maintain starts the background work that is due. It runs once a second and
 // must not block.
 func (v *Volume) maintain(idle time.Duration) {
-	if v.closing.Load() || v.fenced.Load() || v.resting() {
+	if v.closing.Load() || v.fenced.Load() || v.resting() && !v.eng.room.refused() {
 		return
 	}
+	v.adjustRoom()
 	if idle > idleSpill && v.unspilled() {
 		v.kickSpill()
 	}
@@ -150,7 +155,7 @@ func (v *Volume) checkpointDue(idle time.Duration) (due, must bool) {
 	}
 	u := v.usage()
 	return (since > checkpointMin && since > 4*int64(v.m.Stats().DirtyPages)) ||
-		(idle > idleSeal && (v.unsealedRecords() > 0 || u.retired)) || u.reclaimable(v), false
+		(idle > idleSeal && (v.unsealedRecords() > 0 || u.retired)) || u.reclaimable(v) || u.dead > 0 && v.eng.room.tight(), false
 }
 
 // behind reports whether more of the log than a checkpoint should have to write out

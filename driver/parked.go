@@ -138,13 +138,16 @@ func (v *Volume) admit() {
 		if p == nil {
 			v.settle("write-buffer-full")
 			v.settle("throttled")
+			v.roomFound()
 			return
 		}
 		room := v.eng.pool.roomChan()
 		before := p.done
 		err := v.writeWhole(p)
 		if err == errNoRoom {
-			v.raise("write-buffer-full", "writes wait: the write buffer (%d MiB) is full and the local disk takes data more slowly than the guest writes it; give the daemon a larger write buffer or a faster disk", uint64(v.eng.pool.n)*chunkBytes>>20)
+			if !v.lacksRoom(false) && v.eng.pool.fill() > spillAt {
+				v.raise("write-buffer-full", "writes wait: the write buffer (%d MiB) is full and the local disk takes data more slowly than the guest writes it; give the daemon a larger write buffer or a faster disk", uint64(v.eng.pool.n)*chunkBytes>>20)
+			}
 			if !v.parked.unpop(p) {
 				v.end(p.r, block.ErrCanceled)
 				continue
@@ -154,6 +157,7 @@ func (v *Volume) admit() {
 			v.waitRoom(room)
 			continue
 		}
+		v.roomFound()
 		v.stats.stages[StageLog].since(p.since)
 		if err == nil && p.r.Flags&block.FUA != 0 {
 			v.flushLater(p.r)
@@ -214,13 +218,15 @@ func (v *Volume) waitRoom(room <-chan struct{}) {
 }
 
 // waitForRoom lets a request that is not parked wait for room, unless its owner
-// gives up.
-func (v *Volume) waitForRoom(r *block.Request, room <-chan struct{}) error {
+// gives up. upkeep: it gives room back.
+func (v *Volume) waitForRoom(r *block.Request, room <-chan struct{}, upkeep bool) error {
 	v.waiting.enter(r)
+	v.lacksRoom(upkeep)
 	v.kickIO()
 	v.eng.kickAll()
 	v.waitRoom(room)
 	if v.waiting.leave(r) {
+		v.roomFound()
 		return block.ErrCanceled
 	}
 	return nil

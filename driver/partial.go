@@ -64,10 +64,11 @@ func (v *Volume) tryMerge(ctx context.Context, r *block.Request, cluster uint64,
 		done, err := v.replaceCluster(cluster, loc, buf)
 		switch {
 		case err == errNoRoom:
-			if err := v.waitForRoom(r, room); err != nil {
+			if err := v.waitForRoom(r, room, false); err != nil {
 				return err
 			}
 		case err != nil || done:
+			v.roomFound()
 			return err
 		}
 	}
@@ -84,7 +85,7 @@ func (v *Volume) replaceCluster(cluster uint64, loc lba.Location, buf []byte) (d
 	if now, ok := v.m.Get(cluster); !ok || now != loc {
 		return false, nil
 	}
-	l, err := v.roomExclusive(1, 1)
+	l, err := v.headWithRoom(1, 1, false)
 	if err != nil {
 		return false, err
 	}
@@ -97,15 +98,20 @@ func (v *Volume) replaceCluster(cluster uint64, loc lba.Location, buf []byte) (d
 	return err == nil, err
 }
 
-// roomExclusive returns the current SCO with room for a reservation. Caller
-// holds the gate exclusively.
+// roomExclusive returns the current SCO with room for a reservation of what gives room
+// back in the end: half of the disk's reserve is for that. Caller holds the gate
+// exclusively.
 func (v *Volume) roomExclusive(clusters, records uint32) (*logSCO, error) {
-	if v.cur.full(clusters, records) && !v.roll() {
+	return v.headWithRoom(clusters, records, true)
+}
+
+func (v *Volume) headWithRoom(clusters, records uint32, upkeep bool) (*logSCO, error) {
+	if !upkeep && !v.mayWrite() || v.cur.full(clusters, records) && !v.roll() {
 		return nil, errNoRoom
 	}
 	v.extendMu.Lock()
 	defer v.extendMu.Unlock()
-	if !v.cur.begin() || !v.cur.extend(clusters, records) {
+	if !v.cur.begin(upkeep) || !v.cur.extend(clusters, records) {
 		return nil, errNoRoom
 	}
 	return v.cur, nil

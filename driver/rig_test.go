@@ -41,7 +41,9 @@ type rig struct {
 	cfg   driver.VolumeConfig
 	pool  int64
 	cache int64
-	boot  int
+	// reserve is what writers leave of the disk.
+	reserve int64
+	boot    int
 	// still keeps the engine from housekeeping once a second: for tests that count, or
 	// that say when a checkpoint or a publication is made.
 	still bool
@@ -136,7 +138,7 @@ func (r *rig) tryStart() error {
 		return err
 	}
 	cfg := driver.Config{
-		FS: r.fs, DataDir: "data", PoolFile: "run/pool", PoolBytes: r.pool, CacheBytes: r.cache,
+		FS: r.fs, DataDir: "data", PoolFile: "run/pool", PoolBytes: r.pool, CacheBytes: r.cache, ReserveBytes: r.reserve,
 		ReadCacheBytes: 1 << 20, BootID: "boot " + strconv.Itoa(r.boot), Log: testLog(r.t),
 	}
 	if r.still {

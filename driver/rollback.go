@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -195,7 +196,15 @@ func (c *checkpoints) revert(ctx context.Context, s *Snapshot, root *lba.Root, t
 // supersede writes a root of the volume as it is over one that may exist or not:
 // what the guest does next must not meet the other state after a crash.
 func (c *checkpoints) supersede(ctx context.Context, cause error) error {
-	if err := c.take(ctx, nil, true); err != nil {
+	err := c.take(ctx, nil, true)
+	for errors.Is(err, errLogBehind) && ctx.Err() == nil {
+		select {
+		case <-time.After(behindPause):
+		case <-ctx.Done():
+		}
+		err = c.take(ctx, nil, true)
+	}
+	if err != nil {
 		c.v.failed.Store(true)
 		c.v.raise("rollback-failed", "a rollback failed half way (%v) and can't be undone (%v): writes and flushes fail until the daemon is restarted; the volume then is as before or as at the snapshot", cause, err)
 		return fmt.Errorf("%w: %w", block.ErrFailed, cause)

@@ -100,10 +100,11 @@ func (v *Volume) scrub(ctx context.Context) (done bool) {
 		all := u.garbage()
 		slack := uint64(2 * v.cfg.SCOBytes / block.ClusterSize)
 		tooMuch := u.tooMuch(v)
-		if u.reclaimable(v) && v.ckpt.idle() && (v.behind() && !tooMuch || !v.checkpointNow(ctx)) {
+		wanted := v.eng.room.refused() // then all that can be given back is
+		if (u.reclaimable(v) || wanted && u.dead > 0) && v.ckpt.idle() && (v.behind() && !tooMuch || !v.checkpointNow(ctx)) {
 			return false
 		}
-		if float64(all-min(all, u.dead)) < garbageLow*float64(u.live)+float64(slack) {
+		if float64(all-min(all, u.dead)) < garbageLow*float64(u.live)+float64(slack) && !wanted {
 			v.reach = nil
 			return true
 		}

@@ -181,20 +181,28 @@ func (v *Volume) CreateSnapshot(ctx context.Context, id uuid.UUID, name string, 
 	return snap, nil
 }
 
+// behindPause is between two attempts to write the log out for a checkpoint.
+const behindPause = 200 * time.Millisecond
+
 // takeSoon calls take with the checkpoints locked, again as long as the oldest SCOs
-// have to be sealed first.
+// have to be sealed first or the disk does not take the log.
 func (v *Volume) takeSoon(ctx context.Context, take func(*checkpoints) error) error {
 	for {
 		c := v.ckpt
 		c.mu.Lock()
 		err := take(c)
 		c.mu.Unlock()
-		if !errors.Is(err, errNoRoom) {
+		pause := 10 * time.Millisecond
+		switch {
+		case errors.Is(err, errNoRoom):
+		case errors.Is(err, errLogBehind):
+			pause = behindPause
+		default:
 			return err
 		}
 		v.kickIO()
 		select {
-		case <-time.After(10 * time.Millisecond):
+		case <-time.After(pause):
 		case <-ctx.Done():
 			return ctx.Err()
 		}

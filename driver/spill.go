@@ -3,7 +3,6 @@ package driver
 import (
 	"fmt"
 	"sync"
-	"syscall"
 	"time"
 
 	"scoria/alba/vfs"
@@ -158,7 +157,7 @@ func (v *Volume) gather(l *logSCO, clusters uint32, one int, vec *[maxVec + ahea
 		c += k
 	}
 	blocks = c
-	if l.flushed && c-l.spilledC < chunkClusters && c > l.blocksC {
+	if l.flushed && !l.closed.Load() && c-l.spilledC < chunkClusters && c > l.blocksC {
 		for ; n < len(vec) && blocks < l.hdr.ClustersCap; n++ {
 			k := min(chunkClusters, l.hdr.ClustersCap-blocks)
 			vec[n] = zeroes[:k*block.ClusterSize]
@@ -220,26 +219,21 @@ func (v *Volume) copyRecords(l *logSCO, scratch []byte, from, to uint32) []byte 
 	return scratch[:copy(scratch, b[int(first)*tlog.Size:int(first+to-from)*tlog.Size])]
 }
 
-// ensureFile creates the SCO's file with room for all it can hold.
+// ensureFile creates the SCO's file with room for all that may come into it, which was
+// promised when the SCO was begun (room.go).
 func (v *Volume) ensureFile(l *logSCO) error {
 	if l.file != nil {
 		return nil
 	}
 	name := v.scoPath(l.hdr.Number, 0)
-	free, err := v.eng.cfg.FS.Free(v.scoDir())
-	if err != nil {
+	if err := v.roomForLog(l); err != nil {
 		return fmt.Errorf("create %s: %w", name, err)
-	}
-	// The last of the disk is for what gives room back: sealing, checkpoints.
-	if need := uint64(l.hdr.OpenSize() + v.eng.cfg.ReserveBytes); free < need {
-		return fmt.Errorf("create %s: %w: %d bytes are free, %d are needed with the reserve", name, syscall.ENOSPC, free, need)
 	}
 	f, err := v.eng.cfg.FS.Open(name, vfs.Create|vfs.Direct)
 	if err != nil {
 		return fmt.Errorf("create %s: %w", name, err)
 	}
-	err = f.Allocate(0, l.hdr.OpenSize())
-	if err == nil {
+	if err = v.allocate(l, f); err == nil {
 		_, err = f.WriteAt(aligned(l.hdr.Encode()), 0)
 	}
 	if err == nil {
@@ -260,6 +254,7 @@ func (v *Volume) ensureFile(l *logSCO) error {
 		return fmt.Errorf("create %s: %w", name, err)
 	}
 	l.created = true
+	v.eng.room.kept(l)
 	return nil
 }
 

@@ -38,6 +38,12 @@ type Volume struct {
 	cur  *logSCO // guarded by gate
 
 	extendMu sync.Mutex // provides chunks to cur
+	mapRoom  int64      // bytes of the disk promised to the next checkpoint; guarded by extendMu
+
+	filling   atomic.Pointer[logSCO] // the SCO that was begun last
+	roomless  atomic.Bool            // the disk has no room for a write that waits
+	rootBytes atomic.Int64           // size of the last root
+	openBytes int64                  // what the file of a SCO takes until it is sealed
 
 	// ram finds the SCOs in RAM by number & (len-1).
 	ram []ramSlot
@@ -281,16 +287,22 @@ func (v *Volume) Close(ctx context.Context) error {
 	return nil
 }
 
-// lastCheckpoint waits, if it must, until the oldest SCOs are sealed.
+// lastCheckpoint waits, if it must, until the oldest SCOs are sealed and the disk takes
+// the log.
 func (v *Volume) lastCheckpoint(ctx context.Context) error {
 	for {
 		err := v.checkpoint(ctx)
-		if !errors.Is(err, errNoRoom) {
+		pause := 10 * time.Millisecond
+		switch {
+		case errors.Is(err, errNoRoom):
+		case errors.Is(err, errLogBehind):
+			pause = behindPause
+		default:
 			return err
 		}
 		v.kickIO()
 		select {
-		case <-time.After(10 * time.Millisecond):
+		case <-time.After(pause):
 		case <-ctx.Done():
 			return err
 		}
@@ -309,6 +321,7 @@ func (v *Volume) letGo() {
 			l.releaseChunks()
 		}
 	}
+	v.forgetRoom()
 	for _, l := range v.unsealed {
 		if v.fenced.Load() {
 			l.releaseChunks() // the owner of a newer epoch went on without them

@@ -14,8 +14,9 @@ import (
 // other queues of that front end's worker wait meanwhile.
 const maxInlineClusters = 256
 
-// errNoRoom: the pool has no chunk left; the write waits.
-var errNoRoom = errors.New("write buffer is full")
+// errNoRoom: the pool has no chunk left, or the disk no room (lacksRoom says which);
+// the write waits.
+var errNoRoom = errors.New("write buffer or disk is full")
 
 // submitWrites is the path of a write: reserve, copy, checksum, log record, map.
 // It runs on the front end's worker; whatever can't be done at once (no room,
@@ -158,10 +159,13 @@ func faultError(e any) error {
 // makeRoom provides chunks at the head, or opens the next SCO. The caller holds
 // the gate shared; it is released meanwhile if the SCO is full.
 func (v *Volume) makeRoom(clusters, records uint32) error {
+	if !v.mayWrite() {
+		return errNoRoom
+	}
 	l := v.cur
 	if !l.full(clusters, records) {
 		v.extendMu.Lock()
-		ok := l.begin() && l.extend(clusters, records)
+		ok := l.begin(false) && l.extend(clusters, records)
 		v.extendMu.Unlock()
 		if !ok {
 			return errNoRoom
@@ -192,6 +196,7 @@ func (v *Volume) roll() bool {
 		return false
 	}
 	old.closed.Store(true)
+	v.eng.room.shrink(old)
 	v.cur = l
 	v.logSince.Add(int64(records))
 	v.kickIO()
@@ -218,6 +223,7 @@ func (v *Volume) install(l *logSCO) bool {
 		o.releaseChunks()
 	}
 	v.live.ensure(l.hdr.Number)
+	v.promiseFound(l)
 	p.Store(l)
 	v.metaMu.Lock()
 	v.unsealed = append(v.unsealed, l)
@@ -225,13 +231,18 @@ func (v *Volume) install(l *logSCO) bool {
 	return true
 }
 
-// begin writes the Open record of a fresh SCO. Caller holds the gate exclusively
-// or is alone.
-func (l *logSCO) begin() bool {
+// begin writes the Open record of a fresh SCO, to which it has the disk's room
+// promised. false: the disk or the pool has none. upkeep: for what gives room back.
+// Caller holds vol.extendMu.
+func (l *logSCO) begin(upkeep bool) bool {
 	if l.head.Load() != 0 {
 		return true
 	}
+	if !l.vol.promiseRoom(l, upkeep) {
+		return false
+	}
 	if !l.extend(0, 1) {
+		l.vol.eng.room.forget(l)
 		return false
 	}
 	_, rec, ok := l.reserve(0, 1)

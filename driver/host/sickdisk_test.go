@@ -1,6 +1,8 @@
 package host
 
 import (
+	"context"
+	"errors"
 	"io/fs"
 	"path/filepath"
 	"strings"
@@ -26,6 +28,9 @@ type sickFS struct {
 
 	hanging string        // opening it hangs
 	hang    chan struct{} // until this is closed
+
+	quota int64 // bytes that fit below root; 0: what the real one says
+	root  string
 }
 
 // hangs makes the opening of a file hang until the function that it returns is called.
@@ -47,6 +52,42 @@ func (s *sickFS) miss(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.missing = name
+}
+
+// limit makes the file system seem that small. What has several links counts once.
+func (s *sickFS) limit(root string, quota int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.root, s.quota = root, quota
+}
+
+func (s *sickFS) Free(name string) (uint64, error) {
+	s.mu.Lock()
+	root, quota := s.root, s.quota
+	s.mu.Unlock()
+	if quota == 0 {
+		return s.FS.Free(name)
+	}
+	var used int64
+	seen := map[uint64]bool{}
+	err := filepath.WalkDir(root, func(_ string, d fs.DirEntry, err error) error {
+		var info fs.FileInfo
+		if err == nil {
+			info, err = d.Info()
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // removed meanwhile
+		}
+		if err != nil {
+			return err
+		}
+		if st, ok := info.Sys().(*syscall.Stat_t); ok && !seen[st.Ino] {
+			seen[st.Ino] = true
+			used += st.Blocks * 512
+		}
+		return nil
+	})
+	return uint64(max(0, quota-used)), err
 }
 
 func (s *sickFS) sick(tree string) {
@@ -305,4 +346,81 @@ func TestP8OnlyDiskIsSick(t *testing.T) {
 	verifyVolume(t, h, "safe/v", pages, 4)
 	verifyVolume(t, h, "safe/old", pages, 1)
 	stopHost(t, h)
+}
+
+// TestP8OnlyDiskIsSickForLong: when what can't be stored has filled the disk up to
+// the reserve, writers pause, visibly; when the storage daemon's disk takes writes
+// again, they go on by themselves, and no request has failed.
+func TestP8OnlyDiskIsSickForLong(t *testing.T) {
+	for _, c := range []struct {
+		name            string
+		reserve, beside Size
+	}{
+		{"write buffer larger than the reserve", 32 << 20, 80 << 20},
+		{"write buffer larger than the disk", 40 << 20, 16 << 20},
+	} {
+		t.Run(c.name, func(t *testing.T) { sickForLong(t, c.reserve, c.beside) })
+	}
+}
+
+func sickForLong(t *testing.T, reserve, beside Size) {
+	const pages, rounds = 64, 48 // 192 MiB, of which the write buffer takes 64
+	c := objectConfig(t)
+	c.Cache.Reserve = reserve
+	h, client, fsys := startOnlyDisk(t, c, pages)
+	fsys.limit(c.DataDir, int64(reserve+beside))
+	fsys.sick(embeddedDir(c.DataDir))
+	dev, err := h.volumes.Open(testContext(t), "safe/v")
+	if err != nil {
+		t.Fatal(err)
+	}
+	written := make(chan error, 1)
+	go func() { written <- writeRounds(t.Context(), dev, pages, rounds) }()
+	await(t, "writers to pause", func() bool {
+		if len(written) > 0 {
+			t.Fatalf("they ended with %v", <-written)
+		}
+		return shows(t, client, "safe/v", "disk-full") && shows(t, client, "safe/v", "store-unreachable", "input/output error")
+	})
+	fsys.sick("")
+	await(t, "writers to end", func() bool { return len(written) == 1 })
+	if err := <-written; err != nil {
+		t.Fatal(err)
+	}
+	awaitHealed(t, h, client)
+	verifyVolume(t, h, "safe/v", pages, rounds)
+	stopHost(t, h)
+	h, _ = startHost(t, c)
+	verifyVolume(t, h, "safe/v", pages, rounds)
+	verifyVolume(t, h, "safe/old", pages, 1)
+	stopHost(t, h)
+}
+
+// writeRounds writes the same pages again and again, with a flush behind each round.
+func writeRounds(ctx context.Context, dev block.Device, pages, rounds int) error {
+	do := func(r *block.Request) error {
+		done := make(chan struct{})
+		r.Complete = func(*block.Request) { close(done) }
+		dev.Submit([]*block.Request{r})
+		if !r.Ended {
+			select {
+			case <-done:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		return r.Err
+	}
+	for seed := 1; seed <= rounds; seed++ {
+		for i := range pages {
+			p := page(i, byte(seed))
+			if err := do(&block.Request{Op: block.OpWrite, Offset: uint64(i) << 16, Length: uint64(len(p)), Segments: [][]byte{p}}); err != nil {
+				return err
+			}
+		}
+		if err := do(&block.Request{Op: block.OpFlush}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
