@@ -197,10 +197,11 @@ func (c *checkpoints) revert(ctx context.Context, s *Snapshot, root *lba.Root, t
 // what the guest does next must not meet the other state after a crash.
 func (c *checkpoints) supersede(ctx context.Context, cause error) error {
 	err := c.take(ctx, nil, true)
-	for errors.Is(err, errLogBehind) && ctx.Err() == nil {
+	for errors.Is(err, errLogBehind) && ctx.Err() == nil && c.v.ctx.Err() == nil {
 		select {
 		case <-time.After(behindPause):
 		case <-ctx.Done():
+		case <-c.v.ctx.Done():
 		}
 		err = c.take(ctx, nil, true)
 	}

@@ -290,7 +290,7 @@ func (v *Volume) roomDelay() float64 {
 	}
 	// Whole SCOs only, and what is left of the head.
 	writable := max(0, left) / v.openBytes * v.cfg.SCOBytes
-	if l := v.filling.Load(); l != nil && !l.closed.Load() {
+	if l := v.filling.Load(); l != nil {
 		_, clusters := unpack(l.head.Load())
 		writable += int64(l.hdr.ClustersCap-clusters) * block.ClusterSize
 	}

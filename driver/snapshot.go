@@ -205,6 +205,8 @@ func (v *Volume) takeSoon(ctx context.Context, take func(*checkpoints) error) er
 		case <-time.After(pause):
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-v.ctx.Done():
+			return block.ErrClosed
 		}
 	}
 }

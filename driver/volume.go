@@ -40,7 +40,7 @@ type Volume struct {
 	extendMu sync.Mutex // provides chunks to cur
 	mapRoom  int64      // bytes of the disk promised to the next checkpoint; guarded by extendMu
 
-	filling   atomic.Pointer[logSCO] // the SCO that was begun last
+	filling   atomic.Pointer[logSCO] // the SCO that was begun last, until it is closed
 	roomless  atomic.Bool            // the disk has no room for a write that waits
 	rootBytes atomic.Int64           // size of the last root
 	openBytes int64                  // what the file of a SCO takes until it is sealed
@@ -304,6 +304,8 @@ func (v *Volume) lastCheckpoint(ctx context.Context) error {
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
+			return err
+		case <-v.ctx.Done():
 			return err
 		}
 	}

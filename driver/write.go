@@ -197,6 +197,7 @@ func (v *Volume) roll() bool {
 	}
 	old.closed.Store(true)
 	v.eng.room.shrink(old)
+	v.filling.CompareAndSwap(old, nil)
 	v.cur = l
 	v.logSince.Add(int64(records))
 	v.kickIO()
