@@ -232,6 +232,7 @@ func (v *Volume) ioFailed(err error) {
 	}
 	if errors.Is(err, syscall.ENOSPC) {
 		v.eng.evictForRoom(v.scoDir())
+		v.eng.room.look() // somebody has used it up since the last one
 		v.raise("disk-full", "the local disk under %s is full: the log can't be written out; writes pause when the write buffer is full and resume by themselves when there is room (%v)", v.dir, err)
 		return
 	}

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"scoria/alba"
+	"scoria/alba/albatest"
 	"scoria/driver"
 	"scoria/driver/block"
 )
@@ -31,14 +33,17 @@ var outageCases = []outageCase{
 	{64, 24, 12}, // neither does the whole disk
 }
 
+// embedded is the store of an installation as it comes: one storage daemon, on the file
+// system of the volumes, whose SCOs it links.
+var embedded = storeKind{"embedded", openObjects(albatest.Preset(alba.Policy{K: 1, M: 0, C: 1, X: 1}))}
+
 func forOutages(t *testing.T, cases []outageCase, fn func(t *testing.T, o *outage)) {
-	overStores(t, func(t *testing.T, k storeKind) {
+	for _, k := range []storeKind{directory, embedded} {
 		for i, c := range cases {
-			t.Run(fmt.Sprintf("%d of %d+%d", c.buffer, c.reserve, c.free), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s %d of %d+%d", k.name, c.buffer, c.reserve, c.free), func(t *testing.T) {
 				r, m := moodyRig(t, k, rand.New(rand.NewPCG(uint64(i), 6)), 1024, c.buffer, func(r *rig) {
 					r.reserve, r.cache = c.reserve<<20, 1<<20
-					// The buffer is on it, too, and objects take half as much again.
-					r.fs.SetCapacity((c.buffer + 2 + c.reserve + c.free + int64(k.fewer(0, 20))) << 20)
+					r.fs.SetCapacity((c.buffer + 2 + c.reserve + c.free) << 20) // the buffer is on it, too
 				})
 				o := &outage{rig: r, store: m}
 				o.openTwins()
@@ -48,7 +53,7 @@ func forOutages(t *testing.T, cases []outageCase, fn func(t *testing.T, o *outag
 				fn(t, o)
 			})
 		}
-	})
+	}
 }
 
 func (o *outage) openTwins() {
