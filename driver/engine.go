@@ -95,6 +95,7 @@ func openEngine(cfg Config, ticks <-chan time.Time) (*Engine, error) {
 		volumes: map[uuid.UUID]*Volume{}, stop: make(chan struct{}),
 	}
 	e.room.fs, e.room.dir, e.room.reserve = cfg.FS, cfg.DataDir, cfg.ReserveBytes
+	e.room.uploads = make(chan struct{}, 1)
 	e.room.free.Store(1 << 60) // if nobody can tell
 	e.room.look()
 	e.nice.probe()
@@ -328,6 +329,8 @@ func (e *Engine) openVolume(ctx context.Context, cfg VolumeConfig, tag uint32) (
 	}
 	v.log.Info().Dur("took", time.Since(start)).Uint64("replayed_records", v.stats.replayed.Load()).
 		Uint64("mapped_clusters", v.m.Mapped()).Msg("volume opened")
+	v.learnShare(ctx)
+	v.adjustRoom()
 	v.kickIO()
 	v.kickUpload()
 	return v, nil

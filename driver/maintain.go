@@ -132,6 +132,10 @@ func (v *Volume) housekeep(ctx context.Context, idle time.Duration) {
 	v.gate.RUnlock()
 	v.rest.Store(nil)
 	v.forgetEmptyRAM()
+	if now := time.Now(); now.Sub(v.shareAsked) > shareAgain {
+		v.shareAsked = now
+		v.learnShare(ctx)
+	}
 	quiet := v.publishNow(ctx)
 	due, must := v.checkpointDue(idle)
 	due = due || v.ckpt.isOverdue()

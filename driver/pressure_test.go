@@ -40,6 +40,14 @@ func (m *moodyStore) mood(ctx context.Context) error {
 	return nil
 }
 
+// DiskBytes implements driver.DiskSharer.
+func (m *moodyStore) DiskBytes(ctx context.Context, ns string, size int64) (int64, error) {
+	if s, ok := m.Store.(driver.DiskSharer); ok {
+		return s.DiskBytes(ctx, ns, size)
+	}
+	return 0, nil
+}
+
 func (m *moodyStore) setHang(on bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"context"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -23,9 +24,11 @@ import (
 // are, for all volumes of the daemon together,
 //
 //   - the files of SCOs that have been begun and have none yet (logSCO.promise);
+//   - what a store that shares the disk (DiskSharer) will take for SCOs that it does not
+//     have yet, as far as that is more than the local copies give back when they go
+//     (Volume.storeDue): the parity of several storage daemons on one disk;
 //   - the map pages that the next checkpoint writes, and that it would write if the rest
-//     of the head went to pages that are clean now, twice: a store on the same disk may
-//     have to copy them;
+//     of the head went to pages that are clean now, and a copy of them in the store;
 //   - the next root, likewise.
 //
 // What was admitted is written without a look at the reserve, from which checkpoints, the
@@ -36,8 +39,10 @@ import (
 // Requests that give room back, the scrubber and discards, may begin a SCO on half of the
 // reserve. Guests wait meanwhile: they get the next chunk of a SCO only while what is
 // free and not promised is no less than the reserve. Before that writers are slowed down
-// (roomDelay). A volume with large SCOs has a reserve of two of them at least: a store on
-// the same disk may have to copy one before the local one can go.
+// (roomDelay). A volume with large SCOs has a reserve of three of them at least, with
+// what the store takes: the scrubber needs one, and a store on the same disk has to copy
+// one before the local one can go. Such uploads go one at a time then, for all volumes
+// (uploadTurn): several that are cut off for want of room would begin anew for ever.
 
 // diskRoom knows what is free on the local disk and what of it is promised. free is
 // as of the last look, at least once a second and whenever a file of the log was
@@ -55,6 +60,8 @@ type diskRoom struct {
 	mu      sync.Mutex // one look at a time
 	looked  time.Time
 	evicted time.Time // when local copies were last dropped to make room
+
+	uploads chan struct{} // the token of the one upload when there is no room for several
 }
 
 // look asks the file system what is free. If it can't tell, the last answer stands.
@@ -105,6 +112,19 @@ func (r *diskRoom) kept(l *logSCO) {
 // forget takes back what was promised to l.
 func (r *diskRoom) forget(l *logSCO) { r.promised.Add(-l.promise.Swap(0)) }
 
+// shrinkRoom lowers what is promised to l, which has been closed just now, to what it
+// will take. Caller holds the gate exclusively.
+func (v *Volume) shrinkRoom(l *logSCO) {
+	v.eng.room.shrink(l)
+	v.extendMu.Lock()
+	defer v.extendMu.Unlock()
+	if l.head.Load() != 0 {
+		less := v.moreInStore(v.openBytes) - v.moreInStore(l.fileRoom())
+		v.storeDue -= less
+		v.eng.room.promised.Add(-less)
+	}
+}
+
 // shrink lowers the promise to l, which is closed, to what its file will take.
 func (r *diskRoom) shrink(l *logSCO) {
 	need := l.fileRoom()
@@ -137,11 +157,11 @@ func (l *logSCO) extents() (sealed, records int64) {
 }
 
 // spare is what writers of v leave free, in bytes.
-func (v *Volume) spare() int64 { return max(v.eng.cfg.ReserveBytes, 2*v.cfg.SCOBytes) }
+func (v *Volume) spare() int64 {
+	return max(v.eng.cfg.ReserveBytes, spareSCOs*(v.openBytes+v.moreInStore(v.openBytes)))
+}
 
-// mapCopies is how often a page of the map or a root is on the disk: here and, at
-// worst, in a store that shares it.
-const mapCopies = 2
+const spareSCOs = 3
 
 // mapNeed is what the next checkpoint may take, in bytes, if rest more clusters are
 // written before.
@@ -151,7 +171,89 @@ func (v *Volume) mapNeed(rest uint32) int64 {
 	if pages == 0 {
 		return 0
 	}
-	return mapCopies * (int64(pages)*(lba.PageBytes+sco.Page/64) + v.rootBytes.Load())
+	n := int64(pages)*(lba.PageBytes+sco.Page/64) + v.rootBytes.Load()
+	return n + max(n, v.inStore(n))
+}
+
+// diskShare is what objects take of the disk in a store that shares it.
+type diskShare struct{ base, open int64 } // bytes: a small one, one of openBytes
+
+// inStore is how many bytes of the disk an object of that size takes in the store.
+func (v *Volume) inStore(size int64) int64 {
+	s := v.share.Load()
+	if s == nil || s.open == 0 {
+		return 0
+	}
+	return s.base + int64(float64(s.open-s.base)*float64(size)/float64(v.openBytes))
+}
+
+// moreInStore is how many more it takes there than the local file, which can go then.
+func (v *Volume) moreInStore(size int64) int64 { return max(0, v.inStore(size)-size) }
+
+// shareAgain is how often a store is asked what it takes of the disk, which its devices
+// and preset decide, and shareTimeout for how long.
+const (
+	shareAgain   = 10 * time.Second
+	shareTimeout = 2 * time.Second
+)
+
+// learnShare asks the store what it takes of the disk. What it said last stands if it
+// does not answer.
+func (v *Volume) learnShare(ctx context.Context) {
+	s, ok := v.cfg.Store.(DiskSharer)
+	if !ok {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, shareTimeout)
+	defer cancel()
+	base, err := s.DiskBytes(ctx, v.namespace(), 1)
+	if err != nil {
+		return
+	}
+	open, err := s.DiskBytes(ctx, v.namespace(), v.openBytes)
+	if err == nil {
+		v.share.Store(&diskShare{base, open})
+	}
+}
+
+// storeNeeds is what the store will take beside what local copies give back, when it has
+// all that it does not have yet. Caller holds extendMu: no SCO is begun meanwhile.
+func (v *Volume) storeNeeds() (n int64) {
+	if v.moreInStore(v.openBytes) == 0 {
+		return 0
+	}
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	for _, l := range v.unsealed {
+		if l.head.Load() != 0 {
+			n += v.moreInStore(l.fileRoom())
+		}
+	}
+	for _, m := range v.scos {
+		if !m.uploaded && !m.unwanted && !m.dropping {
+			n += v.moreInStore(m.size)
+		}
+	}
+	return n
+}
+
+// uploadTurn lets uploads that copy to the same disk go one after the other while it has
+// no room for several: what was sent of one that fails is of no use. Those into a store
+// that does not answer must not keep others for long.
+func (v *Volume) uploadTurn(size int64) (done func()) {
+	r := &v.eng.room
+	if v.inStore(size) == 0 || r.left() >= v.spare() {
+		return func() {}
+	}
+	patience := time.NewTimer(slowUpload)
+	defer patience.Stop()
+	select {
+	case r.uploads <- struct{}{}:
+		return func() { <-r.uploads }
+	case <-patience.C:
+	case <-v.ctx.Done():
+	}
+	return func() {}
 }
 
 // promiseRoom promises the room for l, which is begun, and what it means for the map. Caller
@@ -161,18 +263,29 @@ func (v *Volume) promiseRoom(l *logSCO, upkeep bool) bool {
 	if upkeep {
 		spare /= 2
 	}
-	file, pages := v.openBytes, v.mapNeed(l.hdr.ClustersCap)
-	if !r.promise(file+pages-v.mapRoom, spare) {
+	file, pages, store := v.openBytes, v.mapNeed(l.hdr.ClustersCap), v.moreInStore(v.openBytes)
+	if !r.promise(file+pages-v.mapRoom+store, spare) {
 		return false
 	}
 	v.mapRoom = pages
+	v.storeDue += store
 	l.promise.Store(file)
 	v.filling.Store(l)
 	return true
 }
 
-// adjustRoom lets the promise follow the map: fewer pages need writing after a
-// checkpoint, or because the same ones were written again and again.
+// unpromiseRoom takes back what was promised to l, which can't be begun after all. Caller
+// holds extendMu.
+func (v *Volume) unpromiseRoom(l *logSCO) {
+	v.eng.room.forget(l)
+	store := v.moreInStore(v.openBytes)
+	v.storeDue -= store
+	v.eng.room.promised.Add(-store)
+}
+
+// adjustRoom lets the promises follow the map and the store: fewer pages need writing
+// after a checkpoint, or because the same ones were written again and again; and less
+// has to get to the store after an upload, or because it is overwritten.
 func (v *Volume) adjustRoom() {
 	if !v.gate.TryRLock() {
 		return
@@ -184,9 +297,9 @@ func (v *Volume) adjustRoom() {
 	if records, clusters := unpack(v.cur.head.Load()); records > 0 {
 		rest = v.cur.hdr.ClustersCap - clusters
 	}
-	need := v.mapNeed(rest)
-	v.eng.room.promised.Add(need - v.mapRoom)
-	v.mapRoom = need
+	pages, store := v.mapNeed(rest), v.storeNeeds()
+	v.eng.room.promised.Add(pages - v.mapRoom + store - v.storeDue)
+	v.mapRoom, v.storeDue = pages, store
 }
 
 // forgetRoom takes back what was promised to v, which is closed.
@@ -194,8 +307,8 @@ func (v *Volume) forgetRoom() {
 	for _, l := range v.unsealed {
 		v.eng.room.forget(l)
 	}
-	v.eng.room.promised.Add(-v.mapRoom)
-	v.mapRoom = 0
+	v.eng.room.promised.Add(-v.mapRoom - v.storeDue)
+	v.mapRoom, v.storeDue = 0, 0
 }
 
 // mayWrite reports whether the disk has room for more of what guests write: the next
@@ -215,7 +328,7 @@ func (v *Volume) lacksRoom(upkeep bool) bool {
 	v.kickIO()
 	if left := r.left(); left < need {
 		v.roomless.Store(true)
-		v.raise("disk-full", "the local disk under %s is full: writes wait until %d MiB more are free, beside what is promised already and what is left for what gives room back (cache.reserve, two SCOs at least: %d MiB); they resume by themselves", v.dir, (need-left)>>20+1, v.spare()>>20)
+		v.raise("disk-full", "the local disk under %s is full: writes wait until %d MiB more are free, beside what is promised already and what is left for what gives room back (cache.reserve, three SCOs at least: %d MiB); they resume by themselves", v.dir, (need-left)>>20+1, v.spare()>>20)
 	}
 	return true
 }
@@ -234,7 +347,7 @@ func (v *Volume) roomNeeded(upkeep bool) int64 {
 	}
 	v.extendMu.Lock()
 	defer v.extendMu.Unlock()
-	return spare + max(0, v.openBytes+v.mapNeed(l.hdr.ClustersCap)-v.mapRoom)
+	return spare + max(0, v.openBytes+v.moreInStore(v.openBytes)+v.mapNeed(l.hdr.ClustersCap)-v.mapRoom)
 }
 
 // roomFound says that a write that may have waited for the disk need not any more.

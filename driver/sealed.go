@@ -279,11 +279,13 @@ func (v *Volume) uploadOne(m *scoMeta) error {
 		return err
 	}
 	defer release()
+	turn := v.uploadTurn(m.size)
 	v.putSince.Store(time.Now().UnixNano())
 	defer v.stats.stages[StageStore].since(time.Now())
 	err = v.cfg.Store.Put(v.ctx, v.namespace(), v.objectOf(m), v.cfg.Epoch,
 		Object{Data: f, Size: m.size, LocalPath: v.pathOf(m), Sums: func() ([]uint32, error) { return v.pageSums(m, f) }})
 	v.putSince.Store(0)
+	turn()
 	if err != nil {
 		return err
 	}
@@ -296,6 +298,7 @@ func (v *Volume) uploadOne(m *scoMeta) error {
 		return v.cfg.Store.Delete(v.ctx, v.namespace(), v.objectOf(m), v.cfg.Epoch)
 	}
 	v.eng.evict()
+	v.adjustRoom()
 	return nil
 }
 

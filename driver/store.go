@@ -52,6 +52,16 @@ type Object struct {
 	Sums func() ([]uint32, error)
 }
 
+// DiskSharer is a Store that may have a part of what it is given on the file system of the
+// local disk. The engine then takes a write only if the disk also has the room for that:
+// otherwise a disk that an outage of the store has filled could not be drained.
+type DiskSharer interface {
+	// DiskBytes returns how many bytes of the local disk an object of size bytes takes at
+	// most, beside the file that it is put from: 0 if it lies elsewhere, or shares that
+	// file. Housekeeping asks now and then, with a deadline.
+	DiskBytes(ctx context.Context, ns string, size int64) (int64, error)
+}
+
 // Errors of a Store.
 var (
 	ErrStaleEpoch = errors.New("stale epoch: another owner has taken the volume")

@@ -39,11 +39,13 @@ type Volume struct {
 
 	extendMu sync.Mutex // provides chunks to cur
 	mapRoom  int64      // bytes of the disk promised to the next checkpoint; guarded by extendMu
+	storeDue int64      // the same, to what is not in the store yet; guarded by extendMu
 
 	filling   atomic.Pointer[logSCO] // the SCO that was begun last, until it is closed
 	roomless  atomic.Bool            // the disk has no room for a write that waits
 	rootBytes atomic.Int64           // size of the last root
 	openBytes int64                  // what the file of a SCO takes until it is sealed
+	share     atomic.Pointer[diskShare]
 
 	// ram finds the SCOs in RAM by number & (len-1).
 	ram []ramSlot
@@ -103,6 +105,7 @@ type Volume struct {
 	unscrubbed map[uint64]time.Time
 	generation uint32                 // the last that was used; belongs to house
 	reach      *reachCache            // likewise
+	shareAsked time.Time              // when learnShare was called last; likewise
 	rest       atomic.Pointer[logEnd] // where the log ended when nothing was left to do
 
 	// tooMuchGarbage slows writers until the scrubber has caught up.

@@ -196,7 +196,7 @@ func (v *Volume) roll() bool {
 		return false
 	}
 	old.closed.Store(true)
-	v.eng.room.shrink(old)
+	v.shrinkRoom(old)
 	v.filling.CompareAndSwap(old, nil)
 	v.cur = l
 	v.logSince.Add(int64(records))
@@ -243,7 +243,7 @@ func (l *logSCO) begin(upkeep bool) bool {
 		return false
 	}
 	if !l.extend(0, 1) {
-		l.vol.eng.room.forget(l)
+		l.vol.unpromiseRoom(l)
 		return false
 	}
 	_, rec, ok := l.reserve(0, 1)

@@ -16,9 +16,15 @@ import (
 type AlbaStore struct {
 	Proxy  *proxy.Proxy
 	Preset string
+	// OnDisk says of a device whether it lies on the file system of the volumes' local
+	// disk, in this process. nil: none does. Any goroutine.
+	OnDisk func(alba.Device) bool
 }
 
-var _ driver.Store = AlbaStore{}
+var _ interface {
+	driver.Store
+	driver.DiskSharer
+} = AlbaStore{}
 
 // storeError adds the driver's error to the object store's of the same meaning.
 func storeError(err error) error {
@@ -81,6 +87,15 @@ func (s AlbaStore) Delete(ctx context.Context, ns, name string, epoch uint64) er
 func (s AlbaStore) List(ctx context.Context, ns, prefix string) ([]string, error) {
 	names, err := s.Proxy.List(ctx, ns, prefix)
 	return names, storeError(err)
+}
+
+// DiskBytes implements driver.DiskSharer.
+func (s AlbaStore) DiskBytes(ctx context.Context, ns string, size int64) (int64, error) {
+	if s.OnDisk == nil {
+		return 0, nil
+	}
+	n, err := s.Proxy.RoomOn(ctx, ns, size, s.OnDisk)
+	return n, storeError(err)
 }
 
 // AlbaRegistry is a registry as the object store wants it.

@@ -103,11 +103,8 @@ func (o *objectStore) prepareDefault(ctx context.Context) error {
 // without which no room can be given back, are still taken when writers pause.
 const embeddedReserve = 64 << 20
 
-// reserve is the room that a storage daemon in dir keeps free; 0 for its default.
-func (o *objectStore) reserve(dir string) int64 {
-	if !sameDisk(dir, o.config.DataDir) {
-		return 0
-	}
+// reserve is the room that a storage daemon on the data directory's disk keeps free.
+func (o *objectStore) reserve() int64 {
 	return max(1, min(embeddedReserve, int64(o.config.Cache.Reserve)/4))
 }
 

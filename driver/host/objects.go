@@ -87,6 +87,8 @@ type embeddedASD struct {
 	mu      sync.Mutex
 	disk    *disk.Supervised // nil: not open
 	opening *embeddedOpening // under way; nil: none
+
+	onDataDisk atomic.Bool // it is on the data directory's disk
 }
 
 // embeddedOpening is one attempt to open a storage daemon.
@@ -196,7 +198,13 @@ func (o *objectStore) report(faults *repair.Faults) func(proxy.Fault) {
 
 // store is where volumes made with a preset are kept.
 func (o *objectStore) store(preset string) driver.Store {
-	return AlbaStore{Proxy: o.proxy, Preset: preset}
+	return AlbaStore{Proxy: o.proxy, Preset: preset, OnDisk: o.onDataDisk}
+}
+
+// onDataDisk says whether a device lies on the data directory's disk, as far as an attempt
+// to open it has shown.
+func (o *objectStore) onDataDisk(d alba.Device) bool {
+	return filepath.IsAbs(d.Address) && o.entry(d.Address).onDataDisk.Load()
 }
 
 // dial implements proxy.Dial: an address is a directory or HOST:PORT. That a caller gives
@@ -237,7 +245,12 @@ func (o *objectStore) dial(_ context.Context, d alba.Device) (asd.Client, error)
 
 // openEmbedded carries an attempt out.
 func (o *objectStore) openEmbedded(e *embeddedASD, attempt *embeddedOpening, d alba.Device) {
-	opened, err := disk.Supervise(o.fs, d.Address, disk.Options{ID: d.ID, Version: "embedded", ReserveBytes: o.reserve(d.Address), Log: o.log})
+	var reserve int64 // the default
+	if sameDisk(d.Address, o.config.DataDir) {
+		reserve = o.reserve()
+		e.onDataDisk.Store(true)
+	}
+	opened, err := disk.Supervise(o.fs, d.Address, disk.Options{ID: d.ID, Version: "embedded", ReserveBytes: reserve, Log: o.log})
 	e.mu.Lock()
 	if attempt.given && err == nil {
 		err = opened.Close()

@@ -56,7 +56,7 @@ func Open(reg alba.Registry, fsys vfs.FS, dir string, n int, ps alba.Preset) (*S
 	if err != nil {
 		return nil, err
 	}
-	s.AlbaStore = host.AlbaStore{Proxy: p, Preset: ps.Name}
+	s.AlbaStore = host.AlbaStore{Proxy: p, Preset: ps.Name, OnDisk: func(alba.Device) bool { return true }}
 	kvs, err := reg.List(ctx, alba.DevicePrefix)
 	for i := len(kvs); i < n && err == nil; i++ {
 		_, err = p.AddDevice(ctx, alba.Device{Address: fmt.Sprintf("%s/asd%d", dir, i), Host: "h"})
