@@ -50,17 +50,34 @@ func bufferHuge(stores ...storeKind) outageCase { return outageCase{64, 24, 12, 
 // sparse: every SCO has something left that is live, and so has to be stored.
 func sparse(stores ...storeKind) outageCase { return outageCase{4, 8, 36, 4, stores} }
 
+var outageCases = []outageCase{
+	bufferFits(directory, embedded), bufferLarge(directory, objects), bufferHuge(embedded, objects), sparse(directory, objects),
+}
+
+// restarts is how a daemon ends, and when that is tried.
+var restarts = []struct {
+	how string
+	outageCase
+}{
+	{"killed", bufferLarge(directory, objects)},
+	{"stopped", bufferLarge(embedded)},
+	{"without power", bufferLarge(objects)},
+}
+
 func forOutages(t *testing.T, cases []outageCase, fn func(t *testing.T, o *outage)) {
 	for i, c := range cases {
 		for _, k := range c.stores {
-			c := c
-			if k.name == objects.name {
-				c.free += 16 // for parity and what storage daemons need besides
+			free := c.free
+			switch k.name { // the data of all volumes must find room, and what storage daemons need
+			case embedded.name:
+				free += 12
+			case objects.name:
+				free += 40
 			}
-			t.Run(fmt.Sprintf("%s %d of %d+%d", k.name, c.buffer, c.reserve, c.free), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s %d of %d+%d", k.name, c.buffer, c.reserve, free), func(t *testing.T) {
 				r, m := moodyRig(t, k, rand.New(rand.NewPCG(uint64(i), 6)), 1024, c.buffer, func(r *rig) {
 					r.reserve, r.cache = c.reserve<<20, 1<<20
-					r.fs.SetCapacity((c.buffer + 2 + c.reserve + c.free) << 20) // the buffer is on it, too
+					r.fs.SetCapacity((c.buffer + 2 + c.reserve + free) << 20) // the buffer is on it, too
 				})
 				o := &outage{rig: r, store: m, span: c.span}
 				o.openTwins()
@@ -128,9 +145,7 @@ func (o *outage) end() {
 // have written is flushed and goes into checkpoints all the same, and when the store is
 // back they go on.
 func TestP8OutageFillsTheDisk(t *testing.T) {
-	forOutages(t, []outageCase{
-		bufferFits(directory, embedded), bufferLarge(directory, objects), bufferHuge(embedded, objects), sparse(directory, objects),
-	}, func(t *testing.T, o *outage) {
+	forOutages(t, outageCases, func(t *testing.T, o *outage) {
 		o.hireWriters()
 		o.awaitPause()
 		o.must(o.flush())
@@ -151,16 +166,9 @@ func TestP8OutageFillsTheDisk(t *testing.T) {
 // again, with the store still away; it goes on when that is back, and also if it dies
 // once more before the disk is drained.
 func TestP8RestartOnAFullDisk(t *testing.T) {
-	for _, c := range []struct {
-		how    string
-		stores []storeKind
-	}{
-		{"killed", []storeKind{directory, objects}},
-		{"stopped", []storeKind{embedded}},
-		{"without power", []storeKind{objects}},
-	} {
+	for _, c := range restarts {
 		t.Run(c.how, func(t *testing.T) {
-			forOutages(t, []outageCase{bufferLarge(c.stores...)}, func(t *testing.T, o *outage) {
+			forOutages(t, []outageCase{c.outageCase}, func(t *testing.T, o *outage) {
 				o.hireWriters()
 				o.awaitPause()
 				o.restart(c.how)
