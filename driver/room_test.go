@@ -125,7 +125,7 @@ func (o *outage) awaitPause() {
 func (o *outage) awaitMore() {
 	o.t.Helper()
 	done := o.crew.ops.Load()
-	eventually(o.t, "writers go on by themselves", func() bool { return o.crew.ops.Load() > done+200 || o.t.Failed() })
+	eventually(o.t, "writers go on by themselves", func() bool { return o.crew.ops.Load() > done+100 || o.t.Failed() })
 }
 
 // end stops the writers and looks at what they have left.

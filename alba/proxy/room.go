@@ -15,14 +15,6 @@ import (
 // taken to be in this process and on the file's file system, so it is 0 if one of them may
 // have the file in place of a copy. It asks the registry, but no device.
 func (p *Proxy) RoomOn(ctx context.Context, ns string, size int64, on func(alba.Device) bool) (int64, error) {
-	n, err := p.loadNamespace(ctx, ns)
-	if err != nil {
-		return 0, opError("room", ns, "", err)
-	}
-	ps, err := LoadPreset(ctx, p.reg, n.Preset)
-	if err != nil {
-		return 0, opError("room", ns, "", err)
-	}
 	var now, all []place.Device
 	chosen := 0
 	for _, m := range p.fleet.Members() {
@@ -32,6 +24,17 @@ func (p *Proxy) RoomOn(ctx context.Context, ns string, size int64, on func(alba.
 			chosen++
 		}
 		all = append(all, d)
+	}
+	if chosen == 0 {
+		return 0, nil
+	}
+	n, err := p.loadNamespace(ctx, ns)
+	if err != nil {
+		return 0, opError("room", ns, "", err)
+	}
+	ps, err := LoadPreset(ctx, p.reg, n.Preset)
+	if err != nil {
+		return 0, opError("room", ns, "", err)
 	}
 	var room int64
 	for _, devices := range [][]place.Device{now, all} {
