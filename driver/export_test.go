@@ -1,9 +1,12 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
+	"maps"
+	"slices"
 	"time"
 
 	"scoria/driver/block"
@@ -92,19 +95,43 @@ func (v *Volume) CompactAll(ctx context.Context) error {
 func (v *Volume) CompactWrongly(ctx context.Context) (lost lba.Location, err error) {
 	v.house.Lock()
 	defer v.house.Unlock()
-	m := v.emptiest()
-	s, before, _, err := v.firstReaching(m.number)
-	if err != nil {
-		return 0, err
+	v.metaMu.Lock()
+	list := slices.SortedFunc(maps.Values(v.scos), func(a, b *scoMeta) int { return cmp.Compare(a.number, b.number) })
+	v.metaMu.Unlock()
+	for _, m := range list {
+		s, before, pin, err := v.firstReaching(m.number)
+		if err != nil {
+			return 0, err
+		}
+		if pin == 0 || !m.uploaded {
+			continue
+		}
+		if v.reach, err = v.findReached(ctx, m, s, before); err != nil {
+			return 0, err
+		}
+		wrong, lost, err := v.allButOne(ctx, m, v.reach.kept[m.number])
+		if err != nil {
+			return 0, err
+		}
+		if lost == 0 {
+			continue // the volume reaches all of it, too
+		}
+		v.reach.kept[m.number] = wrong
+		v.addPin(m.number, ^uint32(0))
+		defer v.addPin(m.number, 1)
+		return lost, v.compact(ctx, m)
 	}
-	if v.reach, err = v.findReached(ctx, m, s, before); err != nil {
-		return 0, err
-	}
+	return 0, errors.New("no SCO has a cluster that only a snapshot reaches")
+}
+
+// allButOne is what is to be kept of a SCO, less one cluster that the volume does not
+// reach: where that is, 0 if there is none.
+func (v *Volume) allButOne(ctx context.Context, m *scoMeta, right *sco.Kept) (wrong *sco.Kept, lost lba.Location, err error) {
 	records, err := v.sealedRecords(ctx, m)
 	if err != nil {
-		return 0, err
+		return nil, 0, err
 	}
-	right, wrong := v.reach.kept[m.number], sco.NewKept(m.span())
+	wrong = sco.NewKept(m.span())
 	for i := range records {
 		r := &records[i]
 		if !r.HasData() || !right.Has(r.Cluster) {
@@ -112,17 +139,14 @@ func (v *Volume) CompactWrongly(ctx context.Context) (lost lba.Location, err err
 		}
 		loc := lba.MakeLocation(m.number, r.Cluster)
 		if now, err := v.locateIn(ctx, r.LBA); err != nil {
-			return 0, err
+			return nil, 0, err
 		} else if lost == 0 && now != loc {
 			lost = loc
 			continue
 		}
 		wrong.Add(r.Cluster)
 	}
-	v.reach.kept[m.number] = wrong.Seal()
-	v.addPin(m.number, ^uint32(0))
-	defer v.addPin(m.number, 1)
-	return lost, v.compact(ctx, m)
+	return wrong.Seal(), lost, nil
 }
 
 func (v *Volume) addPin(n uint64, delta uint32) {

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rs/zerolog"
 
@@ -158,6 +159,36 @@ func TestP8VolumesWaitForTheirStore(t *testing.T) {
 			waitForStore(t, config, s, pages)
 		})
 	}
+}
+
+// TestFirstStartOnASlowDisk: a daemon that starts in an empty data directory makes its
+// storage daemon, however long its disk takes for that.
+func TestFirstStartOnASlowDisk(t *testing.T) {
+	t.Parallel()
+	c := objectConfig(t)
+	fsys := &sickFS{FS: vfs.OS()}
+	goOn := fsys.hangs(filepath.Join(embeddedDir(c.DataDir), "identity"))
+	type start struct {
+		h   *Host
+		err error
+	}
+	started := make(chan start, 1)
+	go func() {
+		h, err := StartOn(testContext(t), Parts{FS: fsys}, c, "test", zerolog.Nop())
+		started <- start{h, err}
+	}()
+	select {
+	case s := <-started:
+		goOn()
+		t.Fatalf("started without its disk: %v", s.err)
+	case <-time.After(openPatience + 500*time.Millisecond): // what is shown needs that it took longer
+	}
+	goOn()
+	s := <-started
+	if s.err != nil {
+		t.Fatal(s.err)
+	}
+	stopHost(t, s.h)
 }
 
 func waitForStore(t *testing.T, c Config, s *lateStore, pages int) {

@@ -102,8 +102,10 @@ type embeddedOpening struct {
 var errHangs = errors.New("it is being opened, and its disk does not answer")
 
 const (
-	// openPatience is how long a request waits for a storage daemon that is being opened.
+	// openPatience is how long a request waits for a storage daemon that is being opened,
+	// addPatience how long whoever adds it: a new one is made first, on a disk that may be busy.
 	openPatience = 2 * time.Second
+	addPatience  = time.Minute
 	// openAtStop is how long the daemon's end waits for one.
 	openAtStop = 2 * time.Second
 )
@@ -219,11 +221,7 @@ func (o *objectStore) dial(_ context.Context, d alba.Device) (asd.Client, error)
 		defer e.mu.Unlock()
 		return borrowed{e.disk}, nil
 	}
-	if e.opening == nil {
-		e.opening = &embeddedOpening{done: make(chan struct{}), since: time.Now()}
-		go o.openEmbedded(e, e.opening, d)
-	}
-	attempt := e.opening
+	attempt := o.beginOpening(e, d)
 	e.mu.Unlock()
 	patience := time.NewTimer(openPatience)
 	defer patience.Stop()
@@ -241,6 +239,45 @@ func (o *objectStore) dial(_ context.Context, d alba.Device) (asd.Client, error)
 		return nil, attempt.err
 	}
 	return nil, asd.ErrClosed
+}
+
+// beginOpening is the attempt to open a storage daemon that is under way, or a new one.
+// Caller holds e.mu, and e.disk is nil.
+func (o *objectStore) beginOpening(e *embeddedASD, d alba.Device) *embeddedOpening {
+	if e.opening == nil {
+		e.opening = &embeddedOpening{done: make(chan struct{}), since: time.Now()}
+		go o.openEmbedded(e, e.opening, d)
+	}
+	return e.opening
+}
+
+// awaitOpening begins to open a storage daemon that is to be added, and waits for the end
+// of that: the error, if there is one, is for the next who dials. It gives up with ctx and
+// after addPatience.
+func (o *objectStore) awaitOpening(ctx context.Context, d alba.Device) {
+	e := o.entry(d.Address)
+	e.mu.Lock()
+	if e.disk != nil {
+		e.mu.Unlock()
+		return
+	}
+	attempt := o.beginOpening(e, d)
+	e.mu.Unlock()
+	patience := time.NewTimer(addPatience)
+	defer patience.Stop()
+	for hint := time.NewTimer(openPatience); ; {
+		select {
+		case <-attempt.done:
+			hint.Stop()
+			return
+		case <-hint.C:
+			o.log.Warn().Str("address", d.Address).Msg("a storage daemon is being opened for the first time, and its disk is slow; waiting for it")
+		case <-patience.C:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // openEmbedded carries an attempt out.

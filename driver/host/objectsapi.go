@@ -176,6 +176,9 @@ func (o *objectStore) add(ctx context.Context, req control.AddASD) (string, erro
 	} else if _, _, err := net.SplitHostPort(d.Address); err != nil {
 		return "", control.Errorf(control.CodeInvalid, "storage daemon %q: must be an absolute directory, or HOST:PORT of a scoria-asd", d.Address)
 	}
+	if embedded {
+		o.awaitOpening(ctx, d)
+	}
 	added, err := o.proxy.AddDevice(ctx, d)
 	if errors.Is(err, proxy.ErrRemoved) {
 		added, err = o.addRemoved(ctx, d, req.Wipe, err)
