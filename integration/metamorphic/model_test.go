@@ -397,7 +397,7 @@ func (v *volume) cut(state []*cell, from int, data []version) error {
 				}
 			}
 			if len(part) < len(s) {
-				v.fuzzy = v.fuzzy || len(part) > len(wrong)
+				v.fuzzy = v.fuzzy || len(part) > len(wrong) || v.hides(k, part, same)
 				part.apply(state)
 				v.steps, v.cells = append(v.steps[:k:k], part), state
 				return nil
@@ -420,6 +420,17 @@ func (v *volume) cut(state []*cell, from int, data []version) error {
 	}
 	v.steps, v.cells = v.steps[:k:k], state
 	return nil
+}
+
+// hides reports whether step k may have been done whole instead of in part, as steps behind
+// it have what is found in all other clusters of it.
+func (v *volume) hides(k int, part step, same func(int, *cell) bool) bool {
+	for at := range v.steps[k] {
+		if _, has := part[at]; !has && !slices.ContainsFunc(v.steps[k+1:], func(s step) bool { c, has := s[at]; return has && same(at, c) }) {
+			return false
+		}
+	}
+	return true
 }
 
 func (v *volume) stepAt(k int) step {
