@@ -260,6 +260,7 @@ func (v *Volume) writeCompacted(ctx context.Context, m *scoMeta, kept *sco.Kept,
 	}
 	v.metaMu.Lock()
 	next.local, next.uploaded, next.lastRead = true, true, m.lastRead
+	v.spaceTaken(next.size, 0)
 	v.metaMu.Unlock()
 	v.eng.addLocal(next.size)
 	return next, crcs, nil
@@ -426,7 +427,7 @@ func (v *Volume) yield(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if v.eng.pool.fill() <= (spillAt+throttleAt)/2 {
+		if v.eng.pool.fill() <= (spillAt+throttleAt)/2 || v.space.tight.Load() {
 			return nil
 		}
 		select {

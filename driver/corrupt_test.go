@@ -135,7 +135,7 @@ type rot struct {
 // newRot makes such a volume in a store, which takes the volume's own files where it can.
 func newRot(t *testing.T, k storeKind, linked bool) *rot {
 	t.Helper()
-	r := newRig(t, k, rand.New(rand.NewPCG(4, 4)), 1500, 8)
+	r := newStillRig(t, k, rand.New(rand.NewPCG(4, 4)), 1500, 8)
 	if !linked {
 		r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 	}

@@ -69,6 +69,15 @@
 // share (pool.share). A head that is being written to is not closed to make room
 // for another volume, unless heads are what fills the pool.
 //
+// # Space
+//
+// Guests get no room in the log beyond 1.3 times what is reached plus the write buffer
+// (space.go has how much exactly); before that they are slowed in proportion to the rate
+// at which space comes back, a few microseconds per cluster. The scrubber empties SCOs
+// (relocate.go), and beside it others are given back (giveback.go): checkpoint, upload of
+// the SCOs before it, publication, deletion, in this order. Nothing about what may be
+// deleted when is different for that: only what no published root refers to.
+//
 // # Lock order
 //
 //	resizeMu → house → checkMu → checkpoints.mu → ioMu → gate → extendMu → metaMu → pool.mu
@@ -79,7 +88,7 @@
 // A clone takes its ancestors' metaMu with its own checkpoints.mu held, never the
 // other way round.
 //
-// fileCache.mu, crcCache.mu, sumCache.mu, liveTable.mu, parked.mu, storeWaits.mu, conds.mu, claims.mu, users.mu, diskRoom.mu are
+// fileCache.mu, crcCache.mu, spaceGate.mu, sumCache.mu, liveTable.mu, parked.mu, storeWaits.mu, conds.mu, claims.mu, users.mu, diskRoom.mu are
 // leaves. Nothing waits for a disk, a store or the pool while it holds gate, except
 // the end of a rollback, when no front end has the volume.
 //
@@ -88,9 +97,9 @@
 // Per engine: housekeeper (ticks volumes once a second), populate (at start: the
 // pool's pages, then huge ones).
 // Per volume, only while there is work: ioLoop (spill, sync, seal), upload,
-// admit (writes that wait for room), housekeep (checkpoint, publish, scrub), one
-// that reads map pages ahead, one that asks for what the store has lost, and one per
-// request that waits. An idle volume has none.
+// admit (writes that wait for room), housekeep (checkpoint, publish, scrub), while
+// it scrubs one that gives back, one that reads map pages ahead, one that asks for what
+// the store has lost, and one per request that waits. An idle volume has none.
 //
 // # Failure
 //

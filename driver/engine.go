@@ -43,6 +43,7 @@ type Engine struct {
 	room  diskRoom
 
 	adopted bool
+	still   bool // nothing ticks: space is given back when a test wants it, so it has no bound
 	drain   atomic.Bool
 	drained atomic.Bool
 	nice    niceness
@@ -92,7 +93,7 @@ func openEngine(cfg Config, ticks <-chan time.Time) (*Engine, error) {
 	}
 	e := &Engine{
 		cfg: cfg, pool: p, cache: c, files: newFileCache(), adopted: adopted,
-		volumes: map[uuid.UUID]*Volume{}, stop: make(chan struct{}),
+		volumes: map[uuid.UUID]*Volume{}, stop: make(chan struct{}), still: ticks == nil,
 	}
 	e.room.fs, e.room.dir, e.room.reserve = cfg.FS, cfg.DataDir, cfg.ReserveBytes
 	e.room.uploads = make(chan struct{}, 1)
@@ -308,6 +309,7 @@ func (e *Engine) openVolume(ctx context.Context, cfg VolumeConfig, tag uint32) (
 	v := &Volume{
 		eng: e, cfg: cfg, tag: tag, m: m, dir: e.volumeDir(cfg.ID),
 		log: e.cfg.Log.With().Str("volume", cfg.Name).Logger(), scos: map[uint64]*scoMeta{}, pins: map[uint64]uint32{},
+		stored: make(chan struct{}, 1),
 	}
 	v.ctx, v.cancel = context.WithCancel(context.Background())
 	// All SCOs that can have chunks in the pool, and those waiting to be sealed.
@@ -329,10 +331,12 @@ func (e *Engine) openVolume(ctx context.Context, cfg VolumeConfig, tag uint32) (
 	}
 	v.log.Info().Dur("took", time.Since(start)).Uint64("replayed_records", v.stats.replayed.Load()).
 		Uint64("mapped_clusters", v.m.Mapped()).Msg("volume opened")
+	v.usage()
 	v.learnShare(ctx)
 	v.adjustRoom()
 	v.kickIO()
 	v.kickUpload()
+	v.adjustSpace()
 	return v, nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"slices"
@@ -54,6 +55,8 @@ func (v *Volume) WaitSealed() bool {
 
 // ScrubAll rewrites every SCO that has any garbage.
 func (v *Volume) ScrubAll(ctx context.Context) error {
+	v.house.Lock()
+	defer v.house.Unlock()
 	v.metaMu.Lock()
 	var list []*scoMeta
 	for _, m := range v.scos {
@@ -243,4 +246,27 @@ func (e *Engine) SumsHeld() int {
 	e.sums.mu.Lock()
 	defer e.sums.mu.Unlock()
 	return e.sums.held
+}
+
+// SpaceBound returns what the volume's log takes and what it may, in bytes.
+func (v *Volume) SpaceBound() (used, allowed int64) {
+	used = v.spaceUsed()
+	return used, v.spaceBudget().allowed
+}
+
+// SpaceState describes where a volume is within its bound, for a test that failed.
+func (v *Volume) SpaceState() string {
+	s := &v.space
+	b := v.spaceBudget()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return fmt.Sprintf("%+v: sealed %d, unsealed %d, dead %d, held %v, tight %v, stuck %q, ceiling %d, steps %d",
+		b, s.sealed.Load(), s.unsealed.Load(), s.dead.Load(), s.held.Load(), s.tight.Load(), s.stuck, s.ceiling, s.steps)
+}
+
+// ScrubTurn lets the scrubber have one turn, and reports whether nothing is left for it.
+func (v *Volume) ScrubTurn(ctx context.Context) bool {
+	v.house.Lock()
+	defer v.house.Unlock()
+	return v.scrub(ctx)
 }

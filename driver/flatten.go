@@ -57,7 +57,7 @@ func (v *Volume) copyInherited(ctx context.Context, progress func(done, total ui
 				return true
 			}
 			batch = append(batch, moving{lba: c, from: loc})
-			return len(batch) < cap(movingBuffers) || flush()
+			return len(batch) < moveBatch || flush()
 		})
 		if err == nil && failed == nil {
 			flush()

@@ -130,7 +130,7 @@ func (v *Volume) ioLoop() {
 		}
 		v.io.mu.Unlock()
 
-		lower(len(waiters) == 0 && v.eng.pool.fill() < hurryAt)
+		lower(len(waiters) == 0 && v.eng.pool.fill() < hurryAt && !v.spaceWanted())
 		if len(waiters) > 0 {
 			err := v.syncAll(maxVec)
 			v.io.mu.Lock()
@@ -222,7 +222,7 @@ func (v *Volume) wantSpill() bool {
 	v.io.mu.Lock()
 	asked := v.io.spill
 	v.io.mu.Unlock()
-	return asked || v.eng.draining()
+	return asked || v.eng.draining() || v.spaceWanted()
 }
 
 // ioFailed explains why background writing does not get on; it is tried again.

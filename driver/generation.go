@@ -266,8 +266,10 @@ func (v *Volume) deleteRetired(ctx context.Context) error {
 		v.dropLocal(m)
 		v.metaMu.Lock()
 		v.retired = slices.DeleteFunc(v.retired, func(r retiree) bool { return r.scoMeta == m })
+		v.spaceFreedBy(m.size)
 		v.metaMu.Unlock()
 		v.stats.reclaimed.Add(uint64(m.size))
+		v.spaceProgress()
 	}
 	return nil
 }

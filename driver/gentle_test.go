@@ -5,7 +5,6 @@ import (
 	"time"
 
 	"scoria/alba/vfs"
-	"scoria/driver/block"
 )
 
 // gentleRig is a volume on a pool of so many chunks, without goroutines.
@@ -85,32 +84,5 @@ func TestCheckpointLeavesTheLogToTheBackground(t *testing.T) {
 		if v.behind() != behind {
 			t.Errorf("behind is %v with %d SCOs in the pool, which is %v full", v.behind(), scos, v.eng.pool.fill())
 		}
-	}
-}
-
-// TestBurstIsNotThrottledForItsGarbage: what a burst into the write buffer overwrites
-// does not slow it down; garbage that stays within no bound does.
-func TestBurstIsNotThrottledForItsGarbage(t *testing.T) {
-	v, _ := gentleRig(t, 4096)
-	buffer := uint64(v.eng.pool.n) * chunkClusters
-	live := uint64(256<<20) / block.ClusterSize
-	for _, c := range []struct {
-		garbage uint64
-		want    bool
-	}{
-		{0, false},
-		{buffer / 2, false},
-		{buffer/2 + live/4, false},
-		{buffer/2 + live/3, true},
-		{buffer + live, true},
-	} {
-		u := spaceUse{clusters: live + c.garbage, live: live, dead: c.garbage}
-		if got := u.tooMuch(v); got != c.want {
-			t.Errorf("%d clusters of garbage beside %d live ones and a buffer of %d: too much is %v", c.garbage, live, buffer, got)
-		}
-	}
-	v.eng.pool.n = 0
-	if u := (spaceUse{clusters: live + live/3 + 4*uint64(v.cfg.SCOBytes/block.ClusterSize), live: live}); !u.tooMuch(v) {
-		t.Error("without a buffer a third of the live data and four SCOs are not too much")
 	}
 }

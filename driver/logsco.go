@@ -116,6 +116,7 @@ func (l *logSCO) extend(clusters, records uint32) bool {
 	for {
 		r, c := unpack(l.head.Load())
 		lr, lc := unpack(l.limit.Load())
+		more := uint32(0) // clusters
 		switch {
 		case r+records > l.hdr.RecordsLimit || c+clusters > l.hdr.ClustersCap:
 			return true
@@ -129,7 +130,9 @@ func (l *logSCO) extend(clusters, records uint32) bool {
 				return false
 			}
 			l.data[slot].Store(id)
+			was := lc
 			lc = min((slot+1)*chunkClusters, l.hdr.ClustersCap)
+			more = lc - was
 		case r+records > lr:
 			slot := divUp(lr, chunkRecords)
 			id := p.alloc(l, slot, chunkRecs)
@@ -142,6 +145,7 @@ func (l *logSCO) extend(clusters, records uint32) bool {
 			return true
 		}
 		l.limit.Store(pack(lr, lc))
+		l.vol.providedMore(more)
 	}
 }
 

@@ -40,28 +40,25 @@ func (v *Volume) mustThrottle(paced bool) bool {
 	if v.parked.busy.Load() {
 		return true // whoever waits comes first
 	}
-	return paced && v.pace.ahead(time.Now()) > maxAhead
+	return v.space.held.Load() || paced && v.pace.ahead(time.Now()) > maxAhead
 }
 
 // mayThrottle reports whether writes have a pace to keep.
 func (v *Volume) mayThrottle() bool {
-	return v.eng.pool.fill() > throttleAt && v.eng.pool.share(v) > exemptShare || v.tooMuchGarbage.Load() ||
+	return v.eng.pool.fill() > throttleAt && v.eng.pool.share(v) > exemptShare || v.space.tight.Load() ||
 		v.eng.room.left() < 2*v.spare()
 }
 
 // throttleDelay is how long writers rest after that many clusters: from nothing
-// at throttleAt to twice what the disk needs for them when the pool is full, and
-// longer when the disk will soon be (roomDelay).
+// at throttleAt to twice what the disk needs for them when the pool is full; or what
+// the bound of space or the end of the disk's room (roomDelay) asks for, if that is more.
 func (v *Volume) throttleDelay(clusters uint32) time.Duration {
 	per := float64(v.eng.perCluster.Load())
 	f := (v.eng.pool.fill() - throttleAt) / (1 - throttleAt)
 	if v.eng.pool.share(v) <= exemptShare {
 		f = 0
 	}
-	if v.tooMuchGarbage.Load() {
-		f = max(f, 0.5)
-	}
-	slow := max(2*f*per, v.roomDelay()*max(per, minPerCluster))
+	slow := max(2*f*per, float64(v.space.slow.Load()), v.roomDelay()*max(per, minPerCluster))
 	return time.Duration(max(0, slow) * float64(clusters))
 }
 
@@ -75,14 +72,31 @@ func (v *Volume) maintain(idle time.Duration) {
 	if idle > idleSpill && v.unspilled() {
 		v.kickSpill()
 	}
-	if v.scrubbing.CompareAndSwap(false, true) {
-		if !v.spawn(func() {
-			defer v.scrubbing.Store(false)
-			v.housekeep(v.ckpt.work, idle)
-		}) {
-			v.scrubbing.Store(false)
-		}
+	v.startHousekeep(idle)
+}
+
+// startHousekeep starts housekeep unless it runs.
+func (v *Volume) startHousekeep(idle time.Duration) {
+	if !v.scrubbing.CompareAndSwap(false, true) {
+		return
 	}
+	if !v.spawn(func() {
+		v.housekeep(v.ckpt.work, idle)
+		v.space.rested.Store(time.Now().UnixNano())
+		v.scrubbing.Store(false)
+		v.adjustSpace() // starts it again if it must go on
+	}) {
+		v.scrubbing.Store(false)
+	}
+}
+
+// kickHouse has housekeep work now, without waiting for the next tick. From any
+// goroutine that may start one.
+func (v *Volume) kickHouse() {
+	if v.closing.Load() || v.fenced.Load() || v.failed.Load() || v.ckpt.work.Err() != nil {
+		return
+	}
+	v.startHousekeep(0)
 }
 
 // logEnd names the end of the log: it changes with everything that is logged.
@@ -173,23 +187,32 @@ func (v *Volume) behind() bool {
 
 const behindSCOs = 3
 
-// checkpointNow reports whether it could.
-func (v *Volume) checkpointNow(ctx context.Context) bool {
-	switch err := v.checkpoint(ctx); {
+// checkpointNow makes one, if it can.
+func (v *Volume) checkpointNow(ctx context.Context) {
+	v.checkpointEnded(ctx, v.checkpoint(ctx))
+}
+
+// checkpointEnded shows how a checkpoint ended.
+func (v *Volume) checkpointEnded(ctx context.Context, err error) {
+	switch {
 	case err == nil:
 		v.settle("checkpoint-failed")
-		return true
 	case errors.Is(err, errNoRoom):
 		v.kickIO() // until a SCO has been sealed
 	case ctx.Err() == nil:
 		v.raise("checkpoint-failed", "the map can't be checkpointed: %v; tried again", err)
 	}
-	return false
 }
 
 // publishNow reports whether the store has taken all that there was.
 func (v *Volume) publishNow(ctx context.Context) bool {
 	did, err := v.publish(ctx)
+	v.publishEnded(ctx, did, err)
+	return err == nil
+}
+
+// publishEnded shows how a publication ended.
+func (v *Volume) publishEnded(ctx context.Context, did bool, err error) {
 	if did {
 		v.settle("store-unreachable")
 	}
@@ -199,7 +222,6 @@ func (v *Volume) publishNow(ctx context.Context) bool {
 	case err != nil && ctx.Err() == nil:
 		v.storeTrouble(err)
 	}
-	return err == nil
 }
 
 // allStored reports whether every sealed SCO is in the store and none has still

@@ -138,6 +138,7 @@ func (v *Volume) admit() {
 		if p == nil {
 			v.settle("write-buffer-full")
 			v.settle("throttled")
+			v.settle("space-bound")
 			v.roomFound()
 			return
 		}
@@ -145,11 +146,14 @@ func (v *Volume) admit() {
 		before := p.done
 		err := v.writeWhole(p)
 		if err == errNoRoom {
-			if !v.lacksRoom(false) && v.eng.pool.fill() > spillAt {
-				v.raise("write-buffer-full", "writes wait: the write buffer (%d MiB) is full and the local disk takes data more slowly than the guest writes it; give the daemon a larger write buffer or a faster disk", uint64(v.eng.pool.n)*chunkBytes>>20)
-			}
+			freed := v.spaceFreed()
+			v.raiseNoRoom(freed != nil)
 			if !v.parked.unpop(p) {
 				v.end(p.r, block.ErrCanceled)
+				continue
+			}
+			if freed != nil {
+				v.waitRoom(freed)
 				continue
 			}
 			v.kickIO()
@@ -165,13 +169,28 @@ func (v *Volume) admit() {
 			v.end(p.r, err)
 		}
 		if v.charge(p.done-before) > maxAhead {
-			v.raise("throttled", "writes are slowed down so that the write buffer or the disk does not run full suddenly")
+			if v.space.slow.Load() > 0 {
+				v.raiseSpaceBound()
+			} else {
+				v.raise("throttled", "writes are slowed down so that the write buffer or the disk does not run full suddenly")
+			}
 			select {
 			case <-time.After(v.pace.ahead(time.Now())):
 			case <-v.ctx.Done():
 			}
 		}
 	}
+}
+
+// raiseNoRoom says why writes wait: it may be for the bound of space and the disk.
+func (v *Volume) raiseNoRoom(held bool) {
+	if held {
+		v.raiseSpaceBound()
+	}
+	if v.lacksRoom(false) || held || v.eng.pool.fill() <= spillAt {
+		return
+	}
+	v.raise("write-buffer-full", "writes wait: the write buffer (%d MiB) is full and the local disk takes data more slowly than the guest writes it; give the daemon a larger write buffer or a faster disk", uint64(v.eng.pool.n)*chunkBytes>>20)
 }
 
 // charge adds what the throttle asks for so many clusters to the pace, and returns
@@ -187,6 +206,10 @@ func (v *Volume) charge(clusters uint32) time.Duration {
 // and a pause is long enough to be worth its timer.
 const maxAhead = time.Millisecond
 
+// maxBehind is how far they may be behind it: a pause that took longer than it should,
+// because something else had the CPU, is made up for.
+const maxBehind = 10 * time.Millisecond
+
 // pace is when a volume's writers would be done with what they have written if they
 // wrote as slowly as the throttle asks. Any goroutine.
 type pace struct{ until atomic.Int64 } // Unix nanoseconds
@@ -201,7 +224,7 @@ func (p *pace) charge(now time.Time, d time.Duration) {
 	}
 	for {
 		until := p.until.Load()
-		if p.until.CompareAndSwap(until, max(until, now.UnixNano())+int64(d)) {
+		if p.until.CompareAndSwap(until, max(until, now.Add(-maxBehind).UnixNano())+int64(d)) {
 			return
 		}
 	}

@@ -64,6 +64,9 @@ func (v *Volume) tryMerge(ctx context.Context, r *block.Request, cluster uint64,
 		done, err := v.replaceCluster(cluster, loc, buf)
 		switch {
 		case err == errNoRoom:
+			if freed := v.spaceFreed(); freed != nil {
+				room = freed
+			}
 			if err := v.waitForRoom(r, room, false); err != nil {
 				return err
 			}
@@ -84,6 +87,9 @@ func (v *Volume) replaceCluster(cluster uint64, loc lba.Location, buf []byte) (d
 	}
 	if now, ok := v.m.Get(cluster); !ok || now != loc {
 		return false, nil
+	}
+	if v.space.held.Load() {
+		return false, errNoRoom
 	}
 	l, err := v.headWithRoom(1, 1, false)
 	if err != nil {

@@ -45,6 +45,13 @@ func (v *Volume) publish(ctx context.Context) (bool, error) {
 	return done, errors.Join(errs...)
 }
 
+// someDoomed reports whether SCOs are left that should have been deleted.
+func (c *checkpoints) someDoomed() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.doomed) > 0
+}
+
 // publishRoot reports whether it has published a root. Those of snapshots go
 // first, in the order of their making.
 func (c *checkpoints) publishRoot(ctx context.Context) (bool, error) {
@@ -281,8 +288,10 @@ func (v *Volume) deleteSCO(ctx context.Context, n uint64) (gone bool, err error)
 	v.dropLocal(m)
 	v.metaMu.Lock()
 	delete(v.scos, n)
+	v.spaceFreedBy(m.size)
 	v.metaMu.Unlock()
 	v.stats.reclaimed.Add(uint64(m.size))
+	v.spaceProgress()
 	return true, nil
 }
 

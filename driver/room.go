@@ -319,18 +319,26 @@ func (v *Volume) mayWrite() bool { return v.eng.room.left() >= v.spare() }
 // taken, and then shows it and has room made. upkeep: a request that gives room back.
 func (v *Volume) lacksRoom(upkeep bool) bool {
 	r := &v.eng.room
-	need := v.roomNeeded(upkeep)
+	need, lacks := v.wantRoom(upkeep)
+	if left := r.left(); lacks && left < need {
+		v.roomless.Store(true)
+		v.raise("disk-full", "the local disk under %s is full: writes wait until %d MiB more are free, beside what is promised already and what is left for what gives room back (cache.reserve, three SCOs at least: %d MiB); they resume by themselves", v.dir, (need-left)>>20+1, v.spare()>>20)
+	}
+	return lacks
+}
+
+// wantRoom says whether the disk lacks room for the next write, for which need bytes must
+// be left, and then has some made.
+func (v *Volume) wantRoom(upkeep bool) (need int64, lacks bool) {
+	r := &v.eng.room
+	need = v.roomNeeded(upkeep)
 	if r.left() >= need {
-		return false
+		return need, false
 	}
 	r.wanted.Store(time.Now().UnixNano())
 	v.eng.makeDiskRoom()
 	v.kickIO()
-	if left := r.left(); left < need {
-		v.roomless.Store(true)
-		v.raise("disk-full", "the local disk under %s is full: writes wait until %d MiB more are free, beside what is promised already and what is left for what gives room back (cache.reserve, three SCOs at least: %d MiB); they resume by themselves", v.dir, (need-left)>>20+1, v.spare()>>20)
-	}
-	return true
+	return need, true
 }
 
 // roomNeeded is what must be left for the next write.

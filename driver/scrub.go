@@ -9,16 +9,11 @@ import (
 	"scoria/driver/block"
 	"scoria/driver/lba"
 	"scoria/driver/sco"
-	"scoria/driver/tlog"
 )
 
-// Space. The scrubber works when garbage exceeds garbageLow of the live data
-// (plus slack for what is too small to matter) and stops writers for a moment
-// when it exceeds garbageHigh.
-const (
-	garbageLow  = 0.15
-	garbageHigh = 0.28
-)
+// garbageLow is the part of what is reached that the scrubber leaves as garbage, besides
+// two SCOs, where the bound of space (space.go) does not ask for less.
+const garbageLow = 0.15
 
 // spaceUse sums up the sealed SCOs, in clusters, without those that only have to
 // be deleted yet. live is what the volume or snapshots reach, dead what a checkpoint
@@ -28,11 +23,21 @@ type spaceUse struct {
 	retired              bool // a generation waits for a checkpoint
 }
 
+// usage also makes the volume's account of space right.
 func (v *Volume) usage() (u spaceUse) {
+	inherited := v.inherited()
 	v.metaMu.Lock()
 	defer v.metaMu.Unlock()
+	var sealed, dead, beside int64
+	defer func() {
+		v.space.beside.Store(beside - int64(inherited))
+		v.countSpace(sealed, dead)
+	}()
 	for _, m := range v.scos {
+		sealed += m.size
+		beside += int64(v.reachedOf(m)) - int64(max(v.live.at(m.number).Load(), 0))
 		if m.doomed || m.dropping {
+			dead += m.size
 			continue
 		}
 		n := v.reachedOf(m)
@@ -40,9 +45,12 @@ func (v *Volume) usage() (u spaceUse) {
 		u.clusters += uint64(m.clusters)
 		if n == 0 {
 			u.dead += uint64(m.clusters)
+			dead += m.size
 		}
 	}
 	for _, r := range v.retired {
+		sealed += r.size
+		dead += r.size
 		if !r.doomed {
 			u.retired = true
 			u.clusters += uint64(r.clusters)
@@ -57,24 +65,27 @@ func (v *Volume) reachedOf(m *scoMeta) uint32 {
 	return max(uint32(max(v.live.at(m.number).Load(), 0)), v.pins[m.number])
 }
 
-// reclaimSlack is how many clusters of garbage are not worth a checkpoint.
+// reclaimSlack is how many clusters of garbage are not worth a checkpoint: it writes
+// every page of the map that has changed, and ends the SCO that is open.
 func (u spaceUse) reclaimSlack(v *Volume) uint64 {
-	return max(u.live/20, uint64(v.cfg.SCOBytes/block.ClusterSize))
+	return max(u.live/20, uint64(2*v.cfg.SCOBytes/block.ClusterSize))
 }
 
 // garbage is how many clusters nothing refers to.
 func (u spaceUse) garbage() uint64 { return u.clusters - min(u.live, u.clusters) }
 
-// tooMuch reports whether there is so much garbage that writers have to be slowed
-// down. Half of the write buffer may be: a burst into it leaves as much behind, which
-// takes space only until the burst is over.
-func (u spaceUse) tooMuch(v *Volume) bool {
-	slack := max(4*uint64(v.cfg.SCOBytes/block.ClusterSize), uint64(v.eng.pool.n)*chunkClusters/2)
-	return float64(u.garbage()) > garbageHigh*float64(u.live)+float64(slack)
+// reclaimable reports whether a checkpoint would give enough space back. Where guests
+// are slow for want of it, less is enough, and where they wait, for that or for the disk
+// (room.go), one SCO.
+func (u spaceUse) reclaimable(v *Volume) bool {
+	switch s := &v.space; {
+	case s.held.Load(), v.eng.room.refused():
+		return u.dead > 0
+	case s.tight.Load(), s.due.Load():
+		return u.dead > uint64(v.cfg.SCOBytes/block.ClusterSize)
+	}
+	return u.dead > u.reclaimSlack(v)
 }
-
-// reclaimable reports whether a checkpoint would give enough space back.
-func (u spaceUse) reclaimable(v *Volume) bool { return u.dead > u.reclaimSlack(v) }
 
 // How long the scrubber leaves a SCO alone that it could not empty because of
 // its data, or of a disk or the store, which may recover.
@@ -83,48 +94,104 @@ const (
 	scrubRetryDisk = 10 * time.Second
 )
 
+// scrubTurn is how many SCOs are rid of their garbage, or waited for, before other
+// housekeeping gets its turn.
+const scrubTurn = 64
+
 // scrub rewrites the live clusters of the emptiest SCOs to the head, or compacts them
 // if snapshots reach them, until the garbage that can't be given back otherwise is
 // within bounds. It reports whether they are.
 //
 // What it has emptied takes space until a checkpoint without it is in the store,
-// and this one waits for the upload of the SCOs before it. So each turn publishes
-// first, and a new checkpoint is begun only when the last one is published.
+// and this one waits for the upload of the SCOs before it. That goes on beside
+// (giveBack), one checkpoint at a time for all that was emptied during the last one; the
+// scrubber waits for it only when there is no room to carry more to the head. Caller
+// holds house; nothing is left running on return.
 func (v *Volume) scrub(ctx context.Context) (done bool) {
-	defer v.tooMuchGarbage.Store(false)
-	for ctx.Err() == nil && !v.failed.Load() && !v.fenced.Load() {
-		if !v.publishNow(ctx) {
+	back := v.newGiveBack(ctx)
+	defer back.finish()
+	v.startGain()
+	for range scrubTurn {
+		if ctx.Err() != nil || v.failed.Load() || v.fenced.Load() {
+			return false
+		}
+		if back.poll(); back.failed != nil {
+			v.spaceStuck(back.failed.Error())
+			return false
+		}
+		if back.late {
 			return false
 		}
 		u := v.usage()
-		all := u.garbage()
-		slack := uint64(2 * v.cfg.SCOBytes / block.ClusterSize)
-		tooMuch := u.tooMuch(v)
-		wanted := v.eng.room.refused() // then all that can be given back is
-		if (u.reclaimable(v) || wanted && u.dead > 0) && v.ckpt.idle() && (v.behind() && !tooMuch || !v.checkpointNow(ctx)) {
+		v.adjustSpace()
+		back.begin(u)
+		b := v.spaceBudget()
+		full := v.eng.room.refused()
+		if full || v.spaceUsed()+b.emptying > max(b.allowed, v.spaceCeiling()) {
+			if back.running {
+				back.await()
+				continue
+			}
+			if u.dead > 0 {
+				if !back.force() {
+					return false
+				}
+				continue
+			}
+		}
+		if full {
+			b.target = 1 // guests wait for the disk: all that can be given back is
+		}
+		enough := int64(u.garbage()-min(u.dead, u.garbage()))*block.ClusterSize < b.target
+		var m *scoMeta
+		if !enough {
+			m = v.emptiest()
+		}
+		if m == nil {
+			if again := v.nothingToEmpty(back, enough); again {
+				continue
+			}
+			return enough && !v.space.tight.Load()
+		}
+		err := v.reduce(ctx, m)
+		switch {
+		case err == nil:
+			v.spaceStep()
+		case ctx.Err() != nil:
 			return false
-		}
-		if float64(all-min(all, u.dead)) < garbageLow*float64(u.live)+float64(slack) && !wanted {
-			v.reach = nil
-			return true
-		}
-		v.tooMuchGarbage.Store(tooMuch)
-		if u.dead > 2*u.reclaimSlack(v) && !v.ckpt.idle() {
-			if !v.awaitPublication(ctx) {
+		case errors.Is(err, errNoRoom):
+			if err := v.awaitPool(ctx); err != nil {
 				return false
 			}
-			continue
+		default:
+			v.leaveAlone(m, err)
 		}
-		m := v.emptiest()
-		if m == nil {
-			return false
-		}
-		if err := v.reduce(ctx, m); err != nil {
-			if ctx.Err() == nil && !errors.Is(err, errNoRoom) {
-				v.leaveAlone(m, err)
-			}
-			return false
-		}
+	}
+	return false
+}
+
+// nothingToEmpty reports whether the scrubber should look again: garbage may become
+// visible to it when the log has been written out.
+func (v *Volume) nothingToEmpty(back *giveBack, enough bool) (again bool) {
+	switch {
+	case back.running && v.space.tight.Load():
+		back.await()
+		return true
+	case back.running:
+		back.finish()
+		return true
+	case enough && !v.space.tight.Load():
+		v.reach = nil
+		return false
+	case !v.space.tight.Load():
+		return false
+	case back.force():
+		return true
+	}
+	select { // what lies in SCOs that are not in the store yet can be seen to when they are
+	case <-v.stored:
+	case <-time.After(20 * time.Millisecond):
+	case <-v.ckpt.work.Done():
 	}
 	return false
 }
@@ -154,24 +221,6 @@ func (v *Volume) empty(ctx context.Context, m *scoMeta) error {
 		return fmt.Errorf("%w: %d", errNotEmpty, left)
 	}
 	return nil
-}
-
-// awaitPublication waits a moment for the uploads that the pending root builds
-// on, and reports whether that was worth it. An outage of the store may last:
-// other housekeeping must go on.
-func (v *Volume) awaitPublication(ctx context.Context) bool {
-	for range 50 {
-		v.kickUpload()
-		if did, err := v.publish(ctx); did || err != nil {
-			return err == nil
-		}
-		select {
-		case <-time.After(20 * time.Millisecond):
-		case <-ctx.Done():
-			return false
-		}
-	}
-	return false
 }
 
 // leaveAlone keeps the scrubber from a SCO for a while. Caller holds house.
@@ -229,6 +278,7 @@ func (v *Volume) rewrite(ctx context.Context, m *scoMeta) error {
 		return err
 	}
 	var batch []moving
+	defer v.space.moving.Store(0)
 	for i := range records {
 		r := &records[i]
 		if !r.HasData() {
@@ -242,86 +292,14 @@ func (v *Volume) rewrite(ctx context.Context, m *scoMeta) error {
 		if now != loc {
 			continue
 		}
-		batch = append(batch, moving{lba: r.LBA, from: loc})
-		if len(batch) == cap(movingBuffers) {
-			if err := v.move(ctx, batch); err != nil {
+		batch = append(batch, moving{lba: r.LBA, from: loc, crc: r.DataCRC, read: true})
+		if len(batch) == movedTogether {
+			if err := v.moveOut(ctx, m, batch); err != nil {
 				return err
 			}
 			batch = batch[:0]
+			v.space.moving.Store(m.size * int64(i) / int64(len(records)))
 		}
 	}
-	return v.move(ctx, batch)
-}
-
-// moving is a cluster that the scrubber carries to the head.
-type moving struct {
-	lba  uint64
-	from lba.Location
-}
-
-var movingBuffers = make([]struct{}, 0, 16)
-
-// move copies clusters to the head where the map still says that they lie where
-// the scrubber saw them. It yields to writers: it waits while the pool is full.
-func (v *Volume) move(ctx context.Context, batch []moving) error {
-	if len(batch) == 0 {
-		return nil
-	}
-	for v.eng.pool.fill() > (spillAt+throttleAt)/2 {
-		v.kickSpill()
-		v.eng.kickAll()
-		select {
-		case <-v.eng.pool.roomChan():
-		case <-time.After(10 * time.Millisecond):
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-v.ctx.Done():
-			return block.ErrClosed
-		}
-	}
-	buf := make([]byte, len(batch)*block.ClusterSize)
-	for i, mv := range batch {
-		if err := v.readCluster(ctx, mv.from, buf[i*block.ClusterSize:(i+1)*block.ClusterSize]); err != nil {
-			if now, lerr := v.locateIn(ctx, mv.lba); lerr == nil && now != mv.from {
-				continue
-			}
-			return err
-		}
-	}
-	v.gate.Lock()
-	defer v.gate.Unlock()
-	for i, mv := range batch {
-		if now, ok := v.m.Get(mv.lba); !ok || now != mv.from {
-			continue
-		}
-		l, err := v.roomExclusive(1, 1)
-		if err != nil {
-			return err
-		}
-		c, rec, ok := l.reserve(1, 1)
-		if !ok {
-			return errNoRoom
-		}
-		v.relocate(l, c, rec, mv, buf[i*block.ClusterSize:(i+1)*block.ClusterSize])
-	}
-	return nil
-}
-
-// relocate logs one moved cluster. Caller holds the gate exclusively.
-func (v *Volume) relocate(l *logSCO, c, rec uint32, mv moving, data []byte) {
-	slot, off := l.cluster(c)
-	dst := v.eng.pool.chunk(l.data[slot].Load())[off : off+block.ClusterSize]
-	copy(dst, data)
-	r := tlog.Record{
-		Type: tlog.Relocate, LBA: mv.lba, Arg: uint64(mv.from), DataCRC: tlog.CRC(dst),
-		Durable: l.durable.Load(), Cluster: c,
-	}
-	l.crcs[slot].Load()[c%chunkClusters].Store(r.DataCRC)
-	tlog.Put(l.record(rec), l.key, rec, &r)
-	if done, ok := v.m.Replace(mv.lba, mv.from, lba.MakeLocation(l.hdr.Number, c)); !done || !ok {
-		panic("driver: map changed with the gate closed")
-	}
-	v.live.at(mv.from.SCO()).Add(-1)
-	v.live.at(l.hdr.Number).Add(1)
-	v.stats.scrubbed.Add(block.ClusterSize)
+	return v.moveOut(ctx, m, batch)
 }

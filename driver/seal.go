@@ -67,7 +67,9 @@ func (v *Volume) seal(l *logSCO) error {
 	v.metaMu.Lock() // a checkpoint sees it here or there, not twice
 	v.scos[m.number] = m
 	v.unlist(l)
+	v.spaceTaken(m.size, 0)
 	v.metaMu.Unlock()
+	v.adjustSpace()
 	for slot := range l.recs {
 		v.eng.pool.releaseOf(l, chunkRecs, uint32(slot))
 	}
@@ -92,6 +94,7 @@ func (v *Volume) unlist(l *logSCO) {
 	for i, o := range v.unsealed {
 		if o == l {
 			v.unsealed = append(v.unsealed[:i:i], v.unsealed[i+1:]...)
+			v.spaceTaken(0, -l.provided())
 			return
 		}
 	}

@@ -249,6 +249,7 @@ func (v *Volume) upload() {
 			return
 		}
 		v.raise("store-unreachable", "closed SCOs can't be uploaded: %v; tried again until it works, meanwhile they stay on the local disk", err)
+		v.spaceStuck("the store does not take data")
 		select {
 		case <-time.After(wait):
 			wait = min(2*wait, 10*time.Second)
@@ -294,6 +295,11 @@ func (v *Volume) uploadOne(m *scoMeta) error {
 	m.uploaded = true
 	gone := m.dropping
 	v.metaMu.Unlock()
+	select {
+	case v.stored <- struct{}{}:
+	default:
+	}
+	v.spaceProgress()
 	if gone { // it died while it was on its way
 		return v.cfg.Store.Delete(v.ctx, v.namespace(), v.objectOf(m), v.cfg.Epoch)
 	}

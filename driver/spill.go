@@ -34,7 +34,7 @@ func (v *Volume) spill(l *logSCO, records uint32, piece, one int) error {
 
 // gently is how many chunks one write to the disk takes if nobody waits for it.
 func (v *Volume) gently() int {
-	if v.eng.pool.fill() >= throttleAt {
+	if v.eng.pool.fill() >= throttleAt || v.space.hurry.Load() {
 		return maxVec // somebody does
 	}
 	return gentleVec

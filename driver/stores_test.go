@@ -91,8 +91,9 @@ func forStores(t *testing.T, n, overObjects int, fn func(t *testing.T, k storeKi
 // others run over both; those without a volume are of the engine's parts.
 var oneStore = map[string]string{
 	"TestP5DamagedFragment":   "flips bits in fragments; of the directory store's files TestP5Damage does",
-	"TestP8OthersFillTheDisk": "storage daemons whose disk has refused a write have to be opened anew, for which the rig must be",
 	"TestP5OneCopy":           "an object store on one disk, whose files are the volume's; the directory store's are in TestP5Damage, linked",
+	"TestP8OthersFillTheDisk": "storage daemons whose disk has refused a write have to be opened anew, for which the rig must be",
+	"TestP8SpaceBound":        "counts the bytes of the store's files, which an object store has parity beside",
 }
 
 // TestBothStores: every test of a volume runs over both stores, or says why not.

@@ -108,9 +108,9 @@ type Volume struct {
 	shareAsked time.Time              // when learnShare was called last; likewise
 	rest       atomic.Pointer[logEnd] // where the log ended when nothing was left to do
 
-	// tooMuchGarbage slows writers until the scrubber has caught up.
-	tooMuchGarbage atomic.Bool
-	checkMu        sync.RWMutex // Check holds it shared against deletion of SCOs
+	space   spaceGate
+	stored  chan struct{} // has something when a SCO came to the store
+	checkMu sync.RWMutex  // Check holds it shared against deletion of SCOs
 }
 
 var _ block.Device = (*Volume)(nil)
@@ -348,6 +348,7 @@ func (v *Volume) tick(now time.Time) {
 	defer v.users.done()
 	v.logEnded(now)
 	v.watchUpload(now)
+	v.watchSpace(now)
 	idle := now.UnixNano() - v.lastWrite.Load()
 	v.maintain(time.Duration(idle))
 }

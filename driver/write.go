@@ -159,7 +159,7 @@ func faultError(e any) error {
 // makeRoom provides chunks at the head, or opens the next SCO. The caller holds
 // the gate shared; it is released meanwhile if the SCO is full.
 func (v *Volume) makeRoom(clusters, records uint32) error {
-	if !v.mayWrite() {
+	if v.space.held.Load() || !v.mayWrite() {
 		return errNoRoom
 	}
 	l := v.cur
@@ -200,6 +200,7 @@ func (v *Volume) roll() bool {
 	v.filling.CompareAndSwap(old, nil)
 	v.cur = l
 	v.logSince.Add(int64(records))
+	v.adjustSpace()
 	v.kickIO()
 	return true
 }

@@ -25,6 +25,7 @@ const (
 	scrubFull   = 80        // percent of the volume that is in use
 	scrubRate   = 50_000    // writes of 4 KiB per second
 	scrubBuffer = 256 << 20 // the write buffer: small against the volume
+	scrubPasses = 3         // of as many random writes at full speed as there are clusters
 	scrubStep   = 250 * time.Millisecond
 	scrubLimit  = 1.3 // space against live data, besides the write buffer (README)
 )
@@ -47,9 +48,17 @@ type scrubUse struct {
 	disk   float64 // bytes written to the disk per byte of the guest
 	store  float64 // bytes put into the store, the same
 	moved  float64 // bytes that the scrubber moved, the same
-	p99    float64 // µs
+	wait   waits
 	onDisk float64 // the most space on the disk against live data, write buffer taken off
 	stored float64 // the same in the store
+}
+
+// waits is how long the guest's writes took, in µs.
+type waits struct{ p50, p99, p999, most float64 }
+
+func waitsOf(r *load.Result) waits {
+	us := func(d time.Duration) float64 { return float64(d) / 1e3 }
+	return waits{us(r.P50), us(r.P99), us(r.P999), us(r.Max)}
 }
 
 // between is what happened from a to z.
@@ -100,16 +109,16 @@ func (b *bench) measureScrub(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("sequential overwrite: %w", err)
 	}
-	// Up to the steady state: random writes of as much as there is.
+	// Up to the steady state, and some time in it.
 	b.say("scrubber: random overwrite, as fast as it goes")
-	_, err = load.Run(ctx, s.client, load.Spec{
-		Random: true, Depth: 32, RegionBytes: o.region, MaxOps: o.region / scoriaCluster, Duration: time.Hour, Seed: 99,
+	full, err := load.Run(ctx, s.client, load.Spec{
+		Random: true, Depth: 32, RegionBytes: o.region, MaxOps: scrubPasses * o.region / scoriaCluster, Duration: time.Hour, Seed: 99,
 		CPUs: []int{b.cfg.clientCPU},
 	})
 	if err != nil {
 		return fmt.Errorf("random overwrite: %w", err)
 	}
-	var burst scrubUse
+	burst := scrubUse{rate: full.IOPS, wait: waitsOf(&full)}
 	if _, err := o.point(ctx, &burst); err != nil {
 		return err
 	}
@@ -131,14 +140,22 @@ func scrubFigures(with, without, burst scrubUse) []figure {
 		{Title: "bytes put into the store per byte of the guest", Value: with.store, Unit: "×"},
 		{Title: "bytes that the scrubber moved per byte of the guest", Value: with.moved, Unit: "×"},
 		{Title: "CPU of the daemon per write", Value: with.cpu, Unit: "µs"},
-		{Title: "p99 of the writes", Value: with.p99, Unit: "µs"},
+		{Title: "p50 of the writes", Value: with.wait.p50, Unit: "µs"},
+		{Title: "p99", Value: with.wait.p99, Unit: "µs"},
+		{Title: "p99.9", Value: with.wait.p999, Unit: "µs"},
+		{Title: "the longest", Value: with.wait.most, Unit: "µs"},
 		{Title: "most space on the disk against live data, write buffer taken off", Value: with.onDisk, Unit: "×", Limit: scrubLimit},
 		{Title: "the same in the store", Value: with.stored, Unit: "×", Limit: scrubLimit},
-		{Title: "on the disk right after overwriting all of it as fast as it goes", Value: burst.onDisk, Unit: "×"},
+		{Title: fmt.Sprintf("overwriting all of it %d times at random as fast as it goes, depth 32: writes/s", scrubPasses), Value: burst.rate, Unit: "/s"},
+		{Title: "p50 of these writes", Value: burst.wait.p50, Unit: "µs"},
+		{Title: "p99 of these", Value: burst.wait.p99, Unit: "µs"},
+		{Title: "p99.9 of these", Value: burst.wait.p999, Unit: "µs"},
+		{Title: "the longest of these", Value: burst.wait.most, Unit: "µs"},
+		{Title: "on the disk right after them", Value: burst.onDisk, Unit: "×", Limit: scrubLimit},
 		{Title: "sequential overwrite, nothing to move: bytes written to the disk per byte", Value: without.disk, Unit: "×"},
 		{Title: "the same: bytes that the scrubber moved per byte", Value: without.moved, Unit: "×"},
 		{Title: "the same: CPU of the daemon per write", Value: without.cpu, Unit: "µs"},
-		{Title: "the same: p99 of the writes", Value: without.p99, Unit: "µs"},
+		{Title: "the same: p99 of the writes", Value: without.wait.p99, Unit: "µs"},
 	}
 }
 
@@ -178,7 +195,7 @@ func (o *overwriter) overwrite(ctx context.Context, random bool) (u scrubUse, er
 	if err == nil {
 		err = end.err
 	}
-	u.p99 = float64(end.res.P99) / 1e3
+	u.wait = waitsOf(&end.res)
 	return u, err
 }
 

@@ -32,7 +32,7 @@ func TestScrubFigures(t *testing.T) {
 		t.Errorf("space: %v, %v; want the most of each, 1.5 and 1.25", u.onDisk, u.stored)
 	}
 	limits := 0
-	for _, f := range scrubFigures(u, scrubUse{}, scrubUse{}) {
+	for _, f := range scrubFigures(u, scrubUse{}, u) {
 		if f.Limit == scrubLimit {
 			limits++
 			if f.Value != u.onDisk && f.Value != u.stored {
@@ -40,8 +40,8 @@ func TestScrubFigures(t *testing.T) {
 			}
 		}
 	}
-	if limits != 2 {
-		t.Errorf("%d bounds of space, want those of the disk and of the store", limits)
+	if limits != 3 {
+		t.Errorf("%d bounds of space, want those of the disk and of the store, and of the disk after a burst", limits)
 	}
 }
 
