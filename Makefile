@@ -37,7 +37,7 @@ lint: ## gofmt, go vet, staticcheck, and that everything builds
 test: deps build test-unit test-fuzz test-guests ## every test: unit, property, crash, fuzz, real clients, real guests
 
 test-unit: ## unit, property and crash tests under the race detector
-	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -x -e scoria/integration -e scoria/integration/qemu)
+	$(GO) test -race -timeout 25m $$($(GO) list ./... | grep -v -x -e scoria/integration -e scoria/integration/qemu)
 
 test-fuzz: ## each fuzz target for FUZZTIME
 	@targets=$$($(GO) test -list '^Fuzz' ./... | awk '/^Fuzz/ { t[n++] = $$1 } /^ok/ { for (i = 0; i < n; i++) print $$2, t[i]; n = 0 }'); \
