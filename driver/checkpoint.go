@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"scoria/alba/vfs"
 	"scoria/driver/block"
@@ -55,6 +56,10 @@ type checkpoints struct {
 	pending *publication
 	newest  *publication
 	doomed  []uint64 // SCOs that no published root needs, to be deleted
+	// unsure are such SCOs of which a map that can't be read may say something else;
+	// they are looked at again at unsureUntil.
+	unsure      []uint64
+	unsureUntil time.Time
 
 	// published is the sequence of the newest root in the store since which no root
 	// of a deleted snapshot is there.

@@ -158,6 +158,31 @@ func (v *Volume) addPin(n uint64, delta uint32) {
 	v.pins[n] += delta
 }
 
+// CountAsEmpty dooms every SCO that is in the store, as a program that counts wrong would.
+func (v *Volume) CountAsEmpty() {
+	c := v.ckpt
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	v.metaMu.Lock()
+	var all []uint64
+	for n, m := range v.scos {
+		if m.uploaded {
+			v.live.at(n).Store(0)
+			delete(v.pins, n)
+			all = append(all, n)
+		}
+	}
+	v.metaMu.Unlock()
+	c.doomed = append(c.doomed, v.doom(all)...)
+}
+
+// LookAgain has the next publication look at SCOs of which nothing was known.
+func (v *Volume) LookAgain() {
+	v.ckpt.mu.Lock()
+	defer v.ckpt.mu.Unlock()
+	v.ckpt.unsureUntil = time.Time{}
+}
+
 // ForgetClusters empties the read cache of clusters.
 func (e *Engine) ForgetClusters() {
 	for _, v := range e.list() {

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/google/uuid"
+
 	"scoria/driver/lba"
 	"scoria/driver/sco"
 )
@@ -22,17 +24,23 @@ func (v *Volume) publish(ctx context.Context) (bool, error) {
 	done, err := c.publishRoot(ctx)
 	c.mu.Lock()
 	c.doomRetired()
-	doomed := c.doomed
-	c.doomed = nil
+	doomed := c.takeDoomed()
 	c.mu.Unlock()
-	var left []uint64
+	var left, unsure []uint64
+	looks := newLastLooks(doomed)
 	errs := []error{err}
 	for i, n := range doomed {
 		if ctx.Err() != nil {
 			left = append(left, doomed[i:]...)
 			break
 		}
-		gone, err := v.deleteSCO(ctx, n)
+		gone, err := v.deleteSCO(ctx, n, looks)
+		if errors.Is(err, ErrLost) {
+			// What refers to it can't be read: nobody can vouch that nothing does.
+			v.log.Warn().Err(err).Uint64("sco", n).Msg("an empty SCO is kept for now: part of a map is lost")
+			unsure = append(unsure, n)
+			continue
+		}
 		if !gone {
 			left = append(left, n)
 		}
@@ -40,6 +48,7 @@ func (v *Volume) publish(ctx context.Context) (bool, error) {
 	}
 	c.mu.Lock()
 	c.doomed = append(c.doomed, left...)
+	c.keepUnsure(unsure)
 	c.mu.Unlock()
 	errs = append(errs, v.deleteRetired(ctx))
 	return done, errors.Join(errs...)
@@ -243,8 +252,8 @@ func (v *Volume) uploadedUpTo(n uint64, dead []uint64) bool {
 
 // deleteSCO gives the space of a dead SCO back, after a last look: no record of
 // it may be current, whatever the counter says. gone says that there is nothing
-// left to try.
-func (v *Volume) deleteSCO(ctx context.Context, n uint64) (gone bool, err error) {
+// left to try; ErrLost, that part of a map can't be read for it any more.
+func (v *Volume) deleteSCO(ctx context.Context, n uint64, looks *lastLooks) (gone bool, err error) {
 	// A check may take hours; everything else must not wait for it.
 	if !v.checkMu.TryLock() {
 		return false, nil
@@ -261,9 +270,9 @@ func (v *Volume) deleteSCO(ctx context.Context, n uint64) (gone bool, err error)
 		return true, nil
 	}
 	if !dropping {
-		current, err := v.anyCurrent(ctx, m)
+		current, err := v.anyCurrent(ctx, m, looks)
 		if err == nil && !current {
-			current, err = v.anyInSnapshot(ctx, m)
+			current, err = v.anyInSnapshot(ctx, m, looks)
 		}
 		switch {
 		case errors.Is(err, sco.ErrFormat):
@@ -297,8 +306,15 @@ func (v *Volume) deleteSCO(ctx context.Context, n uint64) (gone bool, err error)
 
 // anyCurrent reports whether the map refers to a SCO that counts as empty, and
 // corrects the count.
-func (v *Volume) anyCurrent(ctx context.Context, m *scoMeta) (bool, error) {
+func (v *Volume) anyCurrent(ctx context.Context, m *scoMeta, looks *lastLooks) (bool, error) {
 	records, err := v.sealedRecords(ctx, m)
+	if errors.Is(err, ErrLost) {
+		cluster, current, err := v.clusterIn(ctx, looks, m.number, uuid.Nil, v.m)
+		if current {
+			v.keepCurrent(m, cluster)
+		}
+		return current, err
+	}
 	if err != nil {
 		return false, err
 	}
@@ -312,12 +328,7 @@ func (v *Volume) anyCurrent(ctx context.Context, m *scoMeta) (bool, error) {
 			return false, err
 		}
 		if now == lba.MakeLocation(m.number, r.Cluster) {
-			v.live.at(m.number).Add(1)
-			v.metaMu.Lock()
-			m.doomed, m.unwanted = false, false
-			v.metaMu.Unlock()
-			v.kickUpload()
-			v.raise("accounting", "SCO %d counted as empty but cluster %d is current in it; it is kept", m.number, r.LBA)
+			v.keepCurrent(m, r.LBA)
 			return true, nil
 		}
 	}

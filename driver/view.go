@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime/debug"
 
@@ -181,7 +182,7 @@ func (w *View) Submit(batch []*block.Request) {
 // anyInSnapshot is the last look at a SCO from the side of the snapshots: only the
 // first one that is not older than it can reach it. If that is deleted meanwhile, the
 // next one counts.
-func (v *Volume) anyInSnapshot(ctx context.Context, m *scoMeta) (bool, error) {
+func (v *Volume) anyInSnapshot(ctx context.Context, m *scoMeta, looks *lastLooks) (bool, error) {
 	for {
 		v.metaMu.Lock()
 		pin := v.pins[m.number]
@@ -196,7 +197,7 @@ func (v *Volume) anyInSnapshot(ctx context.Context, m *scoMeta) (bool, error) {
 		if pin > 0 || id == uuid.Nil {
 			return pin > 0, nil
 		}
-		found, err := v.inSnapshot(ctx, m, id)
+		found, err := v.inSnapshot(ctx, m, id, looks)
 		v.metaMu.Lock()
 		still := v.findSnapshot(id) >= 0
 		v.metaMu.Unlock()
@@ -208,13 +209,17 @@ func (v *Volume) anyInSnapshot(ctx context.Context, m *scoMeta) (bool, error) {
 
 // inSnapshot reports whether a snapshot refers to a SCO that counts as empty, and
 // corrects what pins it.
-func (v *Volume) inSnapshot(ctx context.Context, m *scoMeta, id uuid.UUID) (bool, error) {
+func (v *Volume) inSnapshot(ctx context.Context, m *scoMeta, id uuid.UUID, looks *lastLooks) (bool, error) {
 	s, release, err := v.lookAtSnapshot(ctx, id)
 	if err != nil {
 		return false, err
 	}
 	defer release()
 	records, err := v.sealedRecords(ctx, m)
+	if errors.Is(err, ErrLost) {
+		cluster, found, err := v.clusterIn(ctx, looks, m.number, id, s.m)
+		return found && v.keepPinned(m, s, cluster), err
+	}
 	if err != nil {
 		return false, err
 	}
@@ -227,21 +232,9 @@ func (v *Volume) inSnapshot(ctx context.Context, m *scoMeta, id uuid.UUID) (bool
 		if err != nil {
 			return false, err
 		}
-		if loc != lba.MakeLocation(m.number, r.Cluster) {
-			continue
+		if loc == lba.MakeLocation(m.number, r.Cluster) {
+			return v.keepPinned(m, s, r.LBA), nil
 		}
-		v.metaMu.Lock()
-		still := v.findSnapshot(id) >= 0
-		if still {
-			v.pins[m.number]++
-			m.doomed, m.unwanted = false, false
-		}
-		v.metaMu.Unlock()
-		if still {
-			v.kickUpload()
-			v.raise("accounting", "SCO %d counted as empty but snapshot %s has cluster %d in it; it is kept", m.number, s.Name, r.LBA)
-		}
-		return still, nil
 	}
 	return false, nil
 }

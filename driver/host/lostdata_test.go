@@ -16,8 +16,8 @@ import (
 )
 
 // twoLost is a rig with 2+1 on three storage daemons, of which the first two are to go.
-func twoLost(t *testing.T) *faultRig {
-	r := newFaultRig(t, 3, 0, []control.Policy{{K: 2, M: 1, C: 3, X: 1}}, rand.New(rand.NewPCG(1, 2)), nil)
+func twoLost(t *testing.T, spare int) *faultRig {
+	r := newFaultRig(t, 3, spare, []control.Policy{{K: 2, M: 1, C: 3, X: 1}}, rand.New(rand.NewPCG(1, 2)), nil)
 	r.await("nothing but the log's head to be kept locally", func() bool {
 		st := r.h.volumes.device(faultWrite).Stats()
 		return st.UploadBacklog == 0 && st.Space.Local == 0
@@ -54,7 +54,7 @@ func TestP8MoreDisksAwayThanParity(t *testing.T) {
 	for _, kinds := range [][2]asdtest.Fault{{{Down: true}, {Down: true}}, {{Stopped: true}, {Stopped: true}}, {{Down: true}, {Stopped: true}}} {
 		t.Run(fmt.Sprintf("%v %v", kinds[0].Stopped, kinds[1].Stopped), func(t *testing.T) {
 			t.Parallel()
-			moreAway(twoLost(t), kinds)
+			moreAway(twoLost(t, 0), kinds)
 		})
 	}
 }
@@ -106,7 +106,7 @@ func moreAway(r *faultRig, kinds [2]asdtest.Fault) {
 func TestP5MoreIsLostThanParity(t *testing.T) {
 	t.Run("corrupt", func(t *testing.T) {
 		t.Parallel()
-		r := twoLost(t)
+		r := twoLost(t, 0)
 		keys := map[string][]string{}
 		for _, d := range r.active[:2] {
 			keys[d.ID] = d.Keys(t)
@@ -120,7 +120,7 @@ func TestP5MoreIsLostThanParity(t *testing.T) {
 	})
 	t.Run("removed", func(t *testing.T) {
 		t.Parallel()
-		r := twoLost(t)
+		r := twoLost(t, 0)
 		gone := []*albatest.Disk{r.active[0], r.active[1]}
 		moreLost(r, func() {
 			for _, d := range gone {
@@ -182,5 +182,35 @@ func moreLost(r *faultRig, lose, bringBack func(), word string) {
 	for i := range r.regions {
 		r.must(r.read(i, 0, faultRegion))
 	}
+	r.settled(true)
+}
+
+// TestP5LostForGoodIsWrittenOver: what is on disks that never come back is gone, and shows
+// no more, when it was written over and no snapshot has it: nothing of it is needed to
+// give its space back.
+func TestP5LostForGoodIsWrittenOver(t *testing.T) {
+	t.Parallel()
+	r := twoLost(t, 2)
+	for _, d := range []*albatest.Disk{r.active[0], r.active[1]} {
+		r.remove(d)
+		d.Faulty.Set(asdtest.Fault{Down: true})
+	}
+	r.replace()
+	r.replace()
+	lost := 0
+	for i := range r.regions {
+		if err := r.read(i, 0, faultRegion); errors.Is(err, driver.ErrLost) {
+			lost++
+		}
+	}
+	if lost == 0 || r.unreadable() == 0 || !r.volumeShows("data-lost") {
+		r.Fatalf("%d reads failed, %d objects are lost", lost, r.unreadable())
+	}
+	for i := range r.regions {
+		r.must(r.write(i, 0, faultRegion, r.rng))
+	}
+	r.must(r.request(block.OpFlush, 0, 0, nil))
+	// A snapshot that has none of it is looked at, too.
+	r.must(second(r.client.CreateSnapshot(testContext(t), faultWrite, control.CreateSnapshot{Name: "later"})))
 	r.settled(true)
 }

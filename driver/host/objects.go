@@ -76,6 +76,8 @@ type objectStore struct {
 	log      zerolog.Logger
 	first    chan struct{}             // a token when there may be a first storage daemon
 	guests   atomic.Pointer[guestLoad] // nil: there are none yet
+	// notRepaired is told of objects that could not be repaired; nil: nobody is yet.
+	notRepaired atomic.Pointer[func(namespace, object string)]
 
 	mu       sync.Mutex
 	embedded map[string]*embeddedASD // by directory
@@ -146,7 +148,7 @@ func openObjectStore(ctx context.Context, parts Parts, reg registry.Store, node 
 		return nil, err
 	}
 	o.keeper = repair.New(repair.Options{Proxy: o.proxy, Faults: faults, DownAfter: time.Duration(c.Backend.RepairAfter),
-		BytesPerSecond: int64(c.Backend.RepairRate), Busy: o.guestsWait, Log: o.log})
+		BytesPerSecond: int64(c.Backend.RepairRate), Busy: o.guestsWait, Failed: o.repairFailed, Log: o.log})
 	return o, nil
 }
 
@@ -181,6 +183,13 @@ func (o *objectStore) olderAdvice() string {
 func (o *objectStore) guestsWait() bool {
 	g := o.guests.Load()
 	return g != nil && g.busy()
+}
+
+// repairFailed implements repair.Options.Failed.
+func (o *objectStore) repairFailed(namespace, object string) {
+	if tell := o.notRepaired.Load(); tell != nil {
+		(*tell)(namespace, object)
+	}
 }
 
 // report collects faults for repair, and says so in the log: a disk that is away

@@ -23,7 +23,8 @@ import (
 // up to date. It has one goroutine, run, which sleeps while nothing changes, and one
 // per watch. What a change costs does not depend on how many volumes there are: only
 // the volumes that it concerns are looked at. All are when a watch begins, as
-// something may have changed before it.
+// something may have changed before it. A copy that the store could not repair is
+// made anew.
 type recordCopier struct {
 	reg     registry.Store
 	node    string
@@ -31,6 +32,8 @@ type recordCopier struct {
 	log     zerolog.Logger
 
 	settle, retry time.Duration // copySettle, copyRetry
+
+	changed *changedKeys
 
 	written map[string]copiedRecord // what the store has, as far as it is known; by the volume's key
 	keys    map[uuid.UUID]string    // of the volumes in written
@@ -41,6 +44,9 @@ type recordCopier struct {
 type copiedRecord struct {
 	id  uuid.UUID
 	sum [sha256.Size]byte
+	// anew: it is not to be relied on, even if all of it lies in what is left of it and
+	// it can be read.
+	anew bool
 }
 
 const (
@@ -55,7 +61,7 @@ const (
 )
 
 func newRecordCopier(reg registry.Store, node string, storeOf func(*registry.Volume) driver.Store, log zerolog.Logger) *recordCopier {
-	return &recordCopier{reg: reg, node: node, storeOf: storeOf, log: log, settle: copySettle, retry: copyRetry,
+	return &recordCopier{reg: reg, node: node, storeOf: storeOf, log: log, settle: copySettle, retry: copyRetry, changed: newChangedKeys(),
 		written: map[string]copiedRecord{}, keys: map[uuid.UUID]string{}, behind: map[string]bool{}}
 }
 
@@ -111,7 +117,7 @@ func (c *recordCopier) run(ctx context.Context) {
 func (c *recordCopier) follow(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	changed := newChangedKeys()
+	changed := c.changed
 	for _, prefix := range []string{registry.VolumePrefix, registry.PoolPrefix, registry.SchedulePrefix} {
 		events, err := c.reg.Watch(ctx, prefix, 0)
 		if err != nil {
@@ -202,7 +208,13 @@ func (c *recordCopier) copyChanged(ctx context.Context, changed map[string]bool)
 			pool, isPool = strings.CutPrefix(key, registry.PoolScheduleKey(""))
 		}
 		id, isSchedule := strings.CutPrefix(key, registry.SchedulePrefix+"volume/")
+		ns, isCopy := strings.CutPrefix(key, unrepairedCopy)
 		switch {
+		case isCopy:
+			if id, err := uuid.Parse(ns); err == nil && c.keys[id] != "" {
+				c.written[c.keys[id]] = copiedRecord{id: id, anew: true}
+				volumes[c.keys[id]] = true
+			}
 		case isPool:
 			if err := c.addVolumes(ctx, volumes, registry.VolumeKey(pool, "")); err != nil {
 				return err
@@ -217,6 +229,17 @@ func (c *recordCopier) copyChanged(ctx context.Context, changed map[string]bool)
 		}
 	}
 	return c.copyVolumes(ctx, volumes)
+}
+
+// unrepairedCopy stands before a namespace among the changed keys.
+const unrepairedCopy = "unrepaired copy of "
+
+// notRepaired notes an object that the store could not repair, if it is a copy; it is
+// called again as long as that is so. From any goroutine.
+func (c *recordCopier) notRepaired(namespace, object string) {
+	if strings.HasPrefix(object, copyPrefix) {
+		c.changed.add(unrepairedCopy + namespace)
+	}
 }
 
 // copyVolumes looks at volumes one after the other. What the store does not take is
@@ -322,7 +345,7 @@ func (c *recordCopier) update(ctx context.Context, key string, want *recordCopy)
 	last := uint64(0)
 	if n := len(numbers); n > 0 {
 		last = numbers[n-1]
-		if old, _, err := readCopy(ctx, s, ns, last); err == nil && bytes.Equal(old, b) {
+		if old, _, err := readCopy(ctx, s, ns, last); err == nil && !c.written[key].anew && bytes.Equal(old, b) {
 			numbers = numbers[:n-1]
 			b = nil
 		}
@@ -360,6 +383,8 @@ func (c *recordCopier) forget(key string) {
 func (h *Host) copyRecords(ctx context.Context) (stop func() error) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	c := newRecordCopier(h.reg, h.id.ID, h.volumes.storeOf, h.log)
+	notRepaired := c.notRepaired
+	h.objects.notRepaired.Store(&notRepaired)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
