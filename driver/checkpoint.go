@@ -271,6 +271,8 @@ func (c *checkpoints) take(ctx context.Context, snap *Snapshot, force bool) erro
 	pinFrom := uint64(noPins)
 	if snap != nil {
 		pinFrom = c.newestSnapshot().SCO
+		v.snapping.Add(1)
+		defer v.snapping.Add(1)
 		snap.SCO, snap.Size, snap.Sequence = pos.sco, v.cfg.Size, c.sequence+1
 	}
 	live := v.live.copy()

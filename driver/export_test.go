@@ -66,7 +66,7 @@ func (v *Volume) ScrubAll(ctx context.Context) error {
 	}
 	v.metaMu.Unlock()
 	for _, m := range list {
-		if err := v.rewrite(ctx, m); err != nil {
+		if err := v.rewrite(ctx, m, v.snapping.Load()); err != nil {
 			return err
 		}
 	}
@@ -151,6 +151,25 @@ func (v *Volume) allButOne(ctx context.Context, m *scoMeta, right *sco.Kept) (wr
 	}
 	return wrong.Seal(), lost, nil
 }
+
+// EmptyLater picks a SCO that the scrubber would empty and that no snapshot reaches, and
+// returns a function that goes on from there.
+func (v *Volume) EmptyLater() (goOn func(ctx context.Context) error, ok bool) {
+	v.house.Lock()
+	defer v.house.Unlock()
+	m, asOf := v.emptiest(), v.snapping.Load()
+	if m == nil || v.pins[m.number] > 0 {
+		return nil, false
+	}
+	return func(ctx context.Context) error {
+		v.house.Lock()
+		defer v.house.Unlock()
+		return v.empty(ctx, m, asOf)
+	}, true
+}
+
+// ErrSnapped is errSnapped.
+var ErrSnapped = errSnapped
 
 func (v *Volume) addPin(n uint64, delta uint32) {
 	v.metaMu.Lock()

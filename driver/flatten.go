@@ -56,7 +56,7 @@ func (v *Volume) copyInherited(ctx context.Context, progress func(done, total ui
 			if loc.SCO() > v.origin.SCO {
 				return true
 			}
-			batch = append(batch, moving{lba: c, from: loc})
+			batch = append(batch, moving{lba: c, from: loc, asOf: whenever})
 			return len(batch) < moveBatch || flush()
 		})
 		if err == nil && failed == nil {

@@ -16,7 +16,11 @@ type moving struct {
 	from lba.Location
 	crc  uint32 // of its record, if that was read: it stays the same all its life
 	read bool
+	asOf uint64 // Volume.snapping when no snapshot reached it, or whenever
 }
+
+// whenever: what is in an ancestor moves whether there is a snapshot or not.
+const whenever = ^uint64(0)
 
 // moveBatch is how many clusters are moved while the gate is closed; movedTogether how many
 // of a SCO are read at once.
@@ -185,6 +189,9 @@ func (v *Volume) moveNow(batch []moving, buf []byte) error {
 	v.gate.Lock()
 	defer v.gate.Unlock()
 	for i, mv := range batch {
+		if mv.asOf != whenever && (mv.asOf != v.snapping.Load() || mv.asOf%2 != 0) {
+			return errSnapped
+		}
 		if now, ok := v.m.Get(mv.lba); !ok || now != mv.from {
 			continue
 		}

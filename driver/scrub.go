@@ -159,7 +159,7 @@ func (v *Volume) scrub(ctx context.Context) (done bool) {
 			v.spaceStep()
 		case ctx.Err() != nil:
 			return false
-		case errors.Is(err, errNoRoom):
+		case errors.Is(err, errNoRoom), errors.Is(err, errSnapped):
 			if err := v.awaitPool(ctx); err != nil {
 				return false
 			}
@@ -198,20 +198,26 @@ func (v *Volume) nothingToEmpty(back *giveBack, enough bool) (again bool) {
 
 // reduce rids a SCO of its garbage.
 func (v *Volume) reduce(ctx context.Context, m *scoMeta) error {
+	asOf := v.snapping.Load()
 	v.metaMu.Lock()
 	pinned := v.pins[m.number] > 0
 	v.metaMu.Unlock()
 	if pinned {
 		return v.compact(ctx, m)
 	}
-	return v.empty(ctx, m)
+	return v.empty(ctx, m, asOf)
 }
+
+// errSnapped: a snapshot was made since it was found that none reaches a SCO, or is
+// being made. What moved now would count as changed since that snapshot.
+var errSnapped = errors.New("a snapshot was made meanwhile")
 
 var errNotEmpty = errors.New("clusters are accounted for that no record names")
 
-// empty moves what is live in a SCO and sees whether all of it was.
-func (v *Volume) empty(ctx context.Context, m *scoMeta) error {
-	if err := v.rewrite(ctx, m); err != nil {
+// empty moves what is live in a SCO, which no snapshot reaches as of snapping, and sees
+// whether all of it was.
+func (v *Volume) empty(ctx context.Context, m *scoMeta, asOf uint64) error {
+	if err := v.rewrite(ctx, m, asOf); err != nil {
 		return err
 	}
 	v.gate.Lock() // a writer maps its cluster before it adjusts the counts
@@ -271,8 +277,9 @@ func (v *Volume) emptiest() *scoMeta {
 	return best
 }
 
-// rewrite copies the live clusters of a SCO to the head of the log.
-func (v *Volume) rewrite(ctx context.Context, m *scoMeta) error {
+// rewrite copies the live clusters of a SCO to the head of the log, unless there is a
+// snapshot that was not there as of snapping.
+func (v *Volume) rewrite(ctx context.Context, m *scoMeta, asOf uint64) error {
 	records, err := v.sealedRecords(ctx, m)
 	if err != nil {
 		return err
@@ -292,7 +299,7 @@ func (v *Volume) rewrite(ctx context.Context, m *scoMeta) error {
 		if now != loc {
 			continue
 		}
-		batch = append(batch, moving{lba: r.LBA, from: loc, crc: r.DataCRC, read: true})
+		batch = append(batch, moving{lba: r.LBA, from: loc, crc: r.DataCRC, read: true, asOf: asOf})
 		if len(batch) == movedTogether {
 			if err := v.moveOut(ctx, m, batch); err != nil {
 				return err

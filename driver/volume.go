@@ -108,6 +108,10 @@ type Volume struct {
 	shareAsked time.Time              // when learnShare was called last; likewise
 	rest       atomic.Pointer[logEnd] // where the log ended when nothing was left to do
 
+	// snapping grows when a snapshot is cut, with the gate closed, and when what it pins
+	// is known or it has failed: it is odd meanwhile.
+	snapping atomic.Uint64
+
 	space   spaceGate
 	stored  chan struct{} // has something when a SCO came to the store
 	checkMu sync.RWMutex  // Check holds it shared against deletion of SCOs
