@@ -255,26 +255,9 @@ func testP3CompactionKilledAtEveryStep(t *testing.T, k storeKind) {
 		r.wrap = func(s driver.Store) driver.Store { return copies{s} }
 		r.create()
 		snaps := garbled(r)
-		tr := r.setTrap(call, r.killClone)
-		ended := make(chan struct{})
-		var err error
-		go func() { err = r.compactAndPublish(); close(ended) }()
-		select {
-		case <-ended:
-		case <-tr.sprung:
-			doomUntil(t, r.eng, ended)
-		}
-		d, died := tr.disarm()
-		if !died {
-			r.must(err)
-			r.close()
-			if call < 100 {
-				t.Fatalf("only %d calls were tried", call)
-			}
+		if _, died := r.killedAt(call, 100, r.compactAndPublish); !died {
 			return
 		}
-		r.eng.Abandon()
-		r.fs = d.clone
 		r.comesBack(fmt.Sprintf("kill at call %d", call), snaps)
 	}
 }

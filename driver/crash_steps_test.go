@@ -45,26 +45,10 @@ func testP3KillAtEveryCall(t *testing.T, k storeKind) {
 	for call := 1; ; call += k.fewer(raced(1, 7), raced(19, 61)) {
 		rng := rand.New(rand.NewPCG(uint64(call), 9))
 		r := newRig(t, k, rng, 256, 4).create()
-		tr := r.setTrap(call, r.killClone)
-		ended := make(chan struct{})
-		var err error
-		go func() { err = life(r); close(ended) }()
-		select {
-		case <-ended:
-		case <-tr.sprung:
-			doomUntil(t, r.eng, ended)
-		}
-		d, died := tr.disarm()
+		d, died := r.killedAt(call, 40, func() error { return life(r) })
 		if !died {
-			r.must(err)
-			r.close()
-			if call < 40 {
-				t.Fatalf("only %d calls were tried", call)
-			}
 			return
 		}
-		r.eng.Abandon()
-		r.fs = d.clone
 		if rng.IntN(2) == 0 && !r.dieWhileOpening() {
 			r.verify("P3", func(e *effect) bool { return e.end < d.at })
 		} else {

@@ -233,3 +233,31 @@ func TestP3PoolFull(t *testing.T) {
 		r.close()
 	})
 }
+
+// killedAt kills the daemon at a call to the disk while life goes on, and leaves the rig on
+// what it left. If life ends before, it was to take at least that many calls, and the rig
+// is closed.
+func (r *rig) killedAt(call, atLeast int, life func() error) (d death, died bool) {
+	r.t.Helper()
+	tr := r.setTrap(call, r.killClone)
+	ended := make(chan struct{})
+	var err error
+	go func() { err = life(); close(ended) }()
+	select {
+	case <-ended:
+	case <-tr.sprung:
+		doomUntil(r.t, r.eng, ended)
+	}
+	d, died = tr.disarm()
+	if !died {
+		r.must(err)
+		r.close()
+		if call < atLeast {
+			r.t.Fatalf("only %d calls were tried", call)
+		}
+		return d, false
+	}
+	r.eng.Abandon()
+	r.fs = d.clone
+	return d, true
+}

@@ -122,29 +122,9 @@ func testP3ScrubKilledAtEveryStep(t *testing.T, k storeKind) {
 	for call := 1; ; call += k.fewer(raced(11, 61), raced(101, 601)) {
 		r := newStillRig(t, k, rand.New(rand.NewPCG(uint64(call), 9)), 512, 4).create()
 		snaps := overwritten(r)
-		tr := r.setTrap(call, r.killClone)
-		ended := make(chan struct{})
-		var err error
-		go func() {
-			err = r.scrubAndPublish()
-			close(ended)
-		}()
-		select {
-		case <-ended:
-		case <-tr.sprung:
-			doomUntil(t, r.eng, ended)
-		}
-		d, died := tr.disarm()
-		if !died {
-			r.must(err)
-			r.close()
-			if call < 100 {
-				t.Fatalf("only %d calls were tried", call)
-			}
+		if _, died := r.killedAt(call, 100, r.scrubAndPublish); !died {
 			return
 		}
-		r.eng.Abandon()
-		r.fs = d.clone
 		r.survives(fmt.Sprintf("kill at call %d", call), snaps)
 	}
 }
