@@ -10,10 +10,14 @@ import (
 // CrashClone returns what a loss of power at this moment could leave: what was
 // synced; of the rest any subset, decided by rng and torn at sectors; no mapped
 // file and no lock. m goes on as if nothing had happened, so one moment can be
-// tried with many seeds. The hook is not inherited, the capacity is.
+// tried with many seeds. The hook is not inherited, the capacity is. It panics if m
+// was killed: then nothing is left of what it held.
 func (m *Mem) CrashClone(rng *rand.Rand) *Mem {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.killed {
+		panic("vfs: CrashClone of an instance that was killed")
+	}
 	out := m.successor(rng)
 	lossPercent := [...]int{0, 50, 100}[rng.IntN(3)]
 	kept := make(map[*nameTx]bool)
@@ -109,6 +113,7 @@ func (m *Mem) KillClone() (*Mem, error) {
 		}
 	}
 	out.recount()
+	m.forget()
 	return out, nil
 }
 
@@ -118,6 +123,37 @@ func (m *Mem) Kill() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.killed = true
+	m.forget()
+}
+
+// forget drops all contents of a killed instance, which no call reaches any more.
+// Goroutines of the process that was killed, a key-value store's for one, may hold
+// on to m and its files for as long as the tests run.
+func (m *Mem) forget() {
+	seen := make(map[*node]bool)
+	var visit func(n *node)
+	visit = func(n *node) {
+		if n == nil || seen[n] {
+			return
+		}
+		seen[n] = true
+		if n.dir == nil {
+			n.cur, n.durable = newContent(), newContent()
+			n.dirty = make(map[int64]struct{})
+			n.journal, n.journalBytes = nil, 0
+			return
+		}
+		for _, names := range []map[string]*node{n.dir.cur, n.dir.durable} {
+			for _, child := range names {
+				visit(child)
+			}
+		}
+		for _, ch := range n.dir.journal {
+			visit(ch.node)
+		}
+	}
+	visit(m.root)
+	m.root, m.used = newDirectory(), 0
 }
 
 // killer copies the graph of nodes; names of one file stay names of one file.

@@ -480,6 +480,40 @@ func TestKillIsConsistentCut(t *testing.T) {
 	}
 }
 
+// TestKilledInstanceHoldsNothing keeps files and a mapping of killed instances open,
+// as a dead process's goroutines do.
+func TestKilledInstanceHoldsNothing(t *testing.T) {
+	for name, kill := range map[string]func(*Mem) *Mem{
+		"kill":  func(m *Mem) *Mem { c, err := m.KillClone(); must(t, err); return c },
+		"power": func(m *Mem) *Mem { c := m.CrashClone(rand.New(rand.NewPCG(1, 1))); m.Kill(); return c },
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := NewMem()
+			must(t, m.MkdirAll("d"))
+			f := mustOpen(t, m, "d/f", Create)
+			_, err := f.WriteAt(make([]byte, 1<<20), 0)
+			must(t, err)
+			must(t, f.Sync())
+			must(t, m.SyncDir("d"))
+			_, err = f.WriteAt([]byte("behind"), 1<<20)
+			must(t, err)
+			c := kill(m)
+			if n := f.(*memFile).n; len(n.cur.pages)+len(n.durable.pages)+len(n.journal) > 0 {
+				t.Errorf("%d, %d pages and %d changes are left", len(n.cur.pages), len(n.durable.pages), len(n.journal))
+			}
+			if m.Used() != 0 {
+				t.Errorf("%d bytes are in use", m.Used())
+			}
+			must(t, f.Close())
+			size, err := mustOpen(t, c, "d/f", 0).Size()
+			must(t, err)
+			if size < 1<<20 {
+				t.Errorf("the clone's file has %d bytes", size)
+			}
+		})
+	}
+}
+
 func TestJournalIsBounded(t *testing.T) {
 	m := NewMem()
 	f := mustOpen(t, m, "f", Create)

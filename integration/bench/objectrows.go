@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"scoria/alba"
+	"scoria/alba/proxy"
 )
 
 // Rows of the object store. Everything of it runs in this process, on both CPUs: what is
@@ -318,7 +319,7 @@ func (b *bench) measureObjectReads(ctx context.Context, c readCase, data []byte)
 	if err != nil {
 		return err
 	}
-	fetched, asked := counters.FetchedBytes.Load(), counters.ReadBytes.Load()
+	fetched, asked, others := counters.FetchedBytes.Load(), counters.ReadBytes.Load(), askedOthers(counters)
 	for round := range b.cfg.rounds {
 		if err := r.dropCaches(); err != nil {
 			return err
@@ -345,8 +346,15 @@ func (b *bench) measureObjectReads(ctx context.Context, c readCase, data []byte)
 	}
 	b.figure(c.row(), "bytes fetched from storage daemons per byte asked"+over(c.tcp), float64(counters.FetchedBytes.Load()-fetched)/total, "×", 1.01)
 	b.figure(c.row(), "bytes that these read from their disks per byte asked"+over(c.tcp), float64(now-fromDisk)/total, "×", 1.01)
+	b.figure(c.row(), titleOthers, float64(askedOthers(counters)-others)/(total/4096), "×", 0)
 	return nil
 }
+
+// titleOthers is of reads that more was fetched for than they asked, since a storage
+// daemon was late or failed.
+const titleOthers = "of these reads, asked of other storage daemons too"
+
+func askedOthers(c *proxy.Counters) uint64 { return c.Hedged.Load() + c.Decoded.Load() }
 
 // bareReads returns a function that reads 4 KiB directly from a file, behind a round
 // trip if asked.
@@ -421,7 +429,7 @@ func (b *bench) measureEncryptedReads(ctx context.Context, data []byte) error {
 	if err != nil {
 		return err
 	}
-	fetched, asked := counters.FetchedBytes.Load(), counters.ReadBytes.Load()
+	fetched, asked, others := counters.FetchedBytes.Load(), counters.ReadBytes.Load(), askedOthers(counters)
 	if _, err := b.readLoop(ctx, 1, len(data), r.readObject(ctx)); err != nil {
 		return err
 	}
@@ -432,6 +440,7 @@ func (b *bench) measureEncryptedReads(ctx context.Context, data []byte) error {
 	total := float64(counters.ReadBytes.Load() - asked)
 	b.figure(rowObjects+"-encrypted", "with encryption: bytes fetched per byte asked", float64(counters.FetchedBytes.Load()-fetched)/total, "×", 1.1)
 	b.figure(rowObjects+"-encrypted", "with encryption: bytes read from disks per byte asked", float64(after-before)/total, "×", 1.1)
+	b.figure(rowObjects+"-encrypted", titleOthers, float64(askedOthers(counters)-others)/(total/4096), "×", 0)
 	return nil
 }
 

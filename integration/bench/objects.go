@@ -113,7 +113,7 @@ func (b *bench) newObjectRig(ctx context.Context, o rigOptions) (_ *objectRig, e
 		if err := r.startASD(address); err != nil {
 			return nil, err
 		}
-		if _, err := r.proxy.AddDevice(ctx, alba.Device{Address: address, Host: "h"}); err != nil {
+		if err := r.addDevice(ctx, address); err != nil {
 			return nil, err
 		}
 	}
@@ -122,6 +122,22 @@ func (b *bench) newObjectRig(ctx context.Context, o rigOptions) (_ *objectRig, e
 		return nil, err
 	}
 	return r, r.proxy.CreateNamespaceWith(ctx, "n", "p")
+}
+
+// addDevice takes a storage daemon into the registry, which may take more than one
+// attempt to connect to it while the machine is busy.
+func (r *objectRig) addDevice(ctx context.Context, address string) error {
+	for {
+		_, err := r.proxy.AddDevice(ctx, alba.Device{Address: address, Host: "h"})
+		if !errors.Is(err, asd.ErrUnavailable) {
+			return err
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 // startASD opens a storage daemon, and a server and a client for it if asked.
