@@ -74,7 +74,7 @@ type effect struct {
 func newRig(t *testing.T, k storeKind, rng *rand.Rand, clusters uint64, poolMiB int64) *rig {
 	t.Helper()
 	r := &rig{t: t, rng: rng, fs: vfs.NewMem(), pool: poolMiB << 20, cache: 1 << 30, stores: k}
-	t.Cleanup(func() { r.closeStore() })
+	t.Cleanup(func() { r.closeStore(); r.fs.Kill() })
 	r.cfg = driver.VolumeConfig{
 		ID: uuid.UUID{7, 1}, Name: "default/rig", Size: clusters * cluster, LogicalBlock: 512,
 		SCOBytes: 1 << 20, Epoch: 1,

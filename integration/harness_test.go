@@ -113,7 +113,7 @@ func (e *env) finish() {
 	if e.Failed() {
 		lines := 40
 		if late {
-			lines = 500
+			lines = 5000
 			stack := make([]byte, 1<<20)
 			e.Logf("goroutines of the test:\n%s", stack[:runtime.Stack(stack, true)])
 		}

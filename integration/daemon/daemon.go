@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"time"
 
@@ -140,12 +141,15 @@ func (d *Daemon) CLI(ctx context.Context, args ...string) (string, error) {
 	return bed.Run(ctx, d.Scoria, append([]string{"--socket", d.ControlSocket()}, args...)...)
 }
 
-// CLIJSON calls the command line with -o json and decodes what it printed.
+// CLIJSON calls the command line with -o json and decodes what it printed. What into
+// points to is emptied first: who calls it again and again must not see again what was
+// printed before and is left out now.
 func (d *Daemon) CLIJSON(ctx context.Context, into any, args ...string) error {
 	out, err := d.CLI(ctx, append(args, "-o", "json")...)
 	if err != nil {
 		return err
 	}
+	reflect.ValueOf(into).Elem().SetZero()
 	if err := json.Unmarshal([]byte(out), into); err != nil {
 		return fmt.Errorf("scoria %s -o json: %w in %q", strings.Join(args, " "), err, out)
 	}
