@@ -172,39 +172,6 @@ func (p *Proxy) ForgetDevice(ctx context.Context, id string) error {
 	return err
 }
 
-// SetDeviceState says what the operator wants of a device: ErrDevice if there is none.
-func (p *Proxy) SetDeviceState(ctx context.Context, id string, state alba.DeviceState) error {
-	for range tries {
-		kv, ok, err := p.reg.Get(ctx, alba.DeviceKey(id))
-		if err != nil {
-			return err
-		}
-		if !ok {
-			return fmt.Errorf("%q: %w", id, ErrDevice)
-		}
-		d, err := alba.Decode[alba.Device](kv.Value)
-		if err != nil {
-			return fmt.Errorf("%s: %w", kv.Key, err)
-		}
-		d.State = state
-		if err := d.Check(); err != nil {
-			return err
-		}
-		rev, err := p.reg.Commit(ctx, []alba.Compare{{Key: kv.Key, Revision: kv.Revision}}, []alba.Write{{Key: kv.Key, Value: alba.Encode(d)}})
-		if !errors.Is(err, alba.ErrConflict) {
-			if err == nil {
-				p.saw(rev, true)
-				err = p.fleet.Reload(ctx)
-			}
-			if err == nil && state == alba.DeviceRemoved {
-				p.copyToAll(ctx)
-			}
-			return err
-		}
-	}
-	return ErrBusy
-}
-
 // SetPreset makes or changes a preset: alba.ErrPreset if it breaks a rule. Objects
 // that are stored already change when maintenance upgrades them.
 func (p *Proxy) SetPreset(ctx context.Context, ps alba.Preset) error {

@@ -9,7 +9,8 @@
 // manifest when its fragments are durable (or with the last of them), and commits the
 // object's manifest when c shards are durable. Every Apply asserts the owner's epoch and raises the device's
 // to the namespace's; the commit asserts that the namespace's record is the one
-// that the epoch was compared with, and that the intent is still there. Shards
+// that the epoch was compared with, that the intent is still there, and that the devices
+// it names were not removed (retire.go). Shards
 // that are late complete in the background under the intent and are added by a
 // second commit, or else are left to repair. An upload that fails becomes trash.
 //

@@ -77,7 +77,7 @@ func (f *Fleet) Reload(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("list devices: %w", err)
 	}
-	recs := make(map[string]alba.Device, len(kvs))
+	recs, revs := make(map[string]alba.Device, len(kvs)), make(map[string]int64, len(kvs))
 	for _, kv := range kvs {
 		d, err := alba.Decode[alba.Device](kv.Value)
 		if err == nil {
@@ -86,7 +86,7 @@ func (f *Fleet) Reload(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", kv.Key, err)
 		}
-		recs[d.ID] = d
+		recs[d.ID], revs[d.ID] = d, kv.Revision
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -100,10 +100,10 @@ func (f *Fleet) Reload(ctx context.Context) error {
 	for id, d := range recs {
 		f.order = append(f.order, id)
 		if m := f.devices[id]; m != nil {
-			m.replace(d)
+			m.replace(d, revs[id])
 			continue
 		}
-		f.devices[id] = &Member{fleet: f, rec: d, copies: map[string]int64{}}
+		f.devices[id] = &Member{fleet: f, rec: d, rev: revs[id], copies: map[string]int64{}}
 	}
 	slices.Sort(f.order)
 	return nil

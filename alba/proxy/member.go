@@ -19,6 +19,7 @@ type Member struct {
 
 	mu      sync.Mutex
 	rec     alba.Device
+	rev     int64      // of rec in the registry
 	client  asd.Client // nil until it was dialed
 	stats   asd.Stats
 	statted time.Time        // of stats
@@ -40,10 +41,10 @@ func (m *Member) close() {
 	}
 }
 
-func (m *Member) replace(d alba.Device) {
+func (m *Member) replace(d alba.Device, rev int64) {
 	m.mu.Lock()
 	moved := m.rec.Address != d.Address
-	m.rec = d
+	m.rec, m.rev = d, rev
 	if moved {
 		m.checked, m.told = false, 0
 	}

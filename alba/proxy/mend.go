@@ -86,10 +86,17 @@ func (p *Proxy) mend(ctx context.Context, ns, object string, o Mend) (Mended, er
 	rec := alba.Intent{Namespace: ns, Object: object, Epoch: n.Epoch, Move: true, Policy: m.next.Policy, Shards: m.next.Shards,
 		By: p.opts.Node, Since: now()}
 	key := alba.ObjectKey(n.ID, object)
-	rev, err := p.reg.Commit(ctx, []alba.Compare{n.compare(), {Key: key, Revision: m.e.rev}, {Key: intent}},
+	active, err := p.fleet.assertActive(m.targets())
+	if err != nil {
+		return Mended{Missing: missing}, err
+	}
+	rev, err := p.reg.Commit(ctx, append(active, n.compare(), alba.Compare{Key: key, Revision: m.e.rev}, alba.Compare{Key: intent}),
 		[]alba.Write{{Key: intent, Value: alba.Encode(rec)}})
 	if errors.Is(err, alba.ErrConflict) {
 		err = fmt.Errorf("%w: %w", ErrInProgress, err)
+		if rerr := p.fleet.Reload(ctx); rerr != nil { // perhaps a device's record is another one
+			err = rerr
+		}
 	}
 	if err != nil {
 		return Mended{Missing: missing}, err
@@ -101,7 +108,7 @@ func (p *Proxy) mend(ctx context.Context, ns, object string, o Mend) (Mended, er
 	if err == nil {
 		m.noteAttempts(ctx)
 		m.next.Generation++
-		moved, err = p.reg.Commit(ctx, []alba.Compare{{Key: key, Revision: m.e.rev}, {Key: intent, Revision: rev}},
+		moved, err = p.reg.Commit(ctx, append(active, alba.Compare{Key: key, Revision: m.e.rev}, alba.Compare{Key: intent, Revision: rev}),
 			[]alba.Write{{Key: key, Value: m.next.Encode()}, {Key: intent}})
 		p.cache.drop(key)
 		if err != nil && !errors.Is(err, alba.ErrConflict) {
@@ -179,6 +186,17 @@ func (m *mending) plan(devices []place.Device) (missing int) {
 		}
 	}
 	return missing
+}
+
+// targets are the devices that get shards which were not there before.
+func (m *mending) targets() []string {
+	var list []string
+	for _, i := range m.work {
+		if m.next.Shards[i] != m.e.m.Shards[i] {
+			list = append(list, m.next.Shards[i])
+		}
+	}
+	return list
 }
 
 // prefer gives one of the shards that are to leave to the wanted device, if the rules

@@ -149,17 +149,25 @@ func (p *Proxy) begin(ctx context.Context, n namespace, name string, epoch uint6
 		Shards: choice.Shards,
 	}}
 	u.window = make(chan struct{}, windowChunks(u.m.Layout()))
+	active, err := p.fleet.assertActive(u.m.Shards)
+	if err != nil {
+		return nil, err
+	}
 	p.active.Store(id, struct{}{})
-	rev, err := p.reg.Commit(ctx, []alba.Compare{n.compare(), {Key: alba.ObjectKey(n.ID, name), Revision: u.oldRevision()}},
+	rev, err := p.reg.Commit(ctx, append(active, n.compare(), alba.Compare{Key: alba.ObjectKey(n.ID, name), Revision: u.oldRevision()}),
 		[]alba.Write{{Key: alba.IntentKey(n.ID, id), Value: alba.Encode(u.intentRecord(false))}})
+	u.intent = rev
+	if err == nil {
+		return u, nil
+	}
+	p.active.Delete(id)
 	if errors.Is(err, alba.ErrConflict) {
+		if err := p.fleet.Reload(ctx); err != nil { // perhaps a device's record is another one
+			return nil, err
+		}
 		err = fmt.Errorf("%w: %w", errAgain, err)
 	}
-	u.intent = rev
-	if err != nil {
-		p.active.Delete(id)
-	}
-	return u, err
+	return nil, err
 }
 
 // oldRevision is what the object's key must be at for the upload to be committed.
@@ -342,8 +350,12 @@ func (u *upload) commit(ctx context.Context, late bool) error {
 	if !u.adopted {
 		final.Shards = u.durable()
 	}
-	value := final.Encode()
 	for range tries {
+		var known []alba.Compare
+		final.Shards, known = u.p.fleet.withoutRemoved(final.Shards)
+		if left := final.Live(); left < u.m.Policy.C {
+			return fmt.Errorf("%w: %d shards are left on devices that were not removed meanwhile, needed are %d", errAgain, left, u.m.Policy.C)
+		}
 		n, err := u.p.owned(ctx, u.m.Namespace, u.epoch)
 		if err != nil {
 			return err
@@ -356,13 +368,13 @@ func (u *upload) commit(ctx context.Context, late bool) error {
 			intent.Value = alba.Encode(u.intentRecord(true))
 		}
 		key := alba.ObjectKey(n.ID, u.m.Object)
-		writes := []alba.Write{{Key: key, Value: value}, intent}
+		writes := []alba.Write{{Key: key, Value: final.Encode()}, intent}
 		if u.old != nil {
 			rec := u.p.trashRecord(u.old.m)
 			writes = append(writes, alba.Write{Key: alba.TrashKey(n.ID, u.old.m.Upload), Value: alba.Encode(rec)})
 		}
 		rev, err := u.p.reg.Commit(ctx,
-			[]alba.Compare{n.compare(), {Key: key, Revision: u.oldRevision()}, {Key: intent.Key, Revision: u.intent}}, writes)
+			append(known, n.compare(), alba.Compare{Key: key, Revision: u.oldRevision()}, alba.Compare{Key: intent.Key, Revision: u.intent}), writes)
 		if err == nil {
 			u.p.cache.drop(key)
 			u.final, u.intent = final, rev
@@ -374,8 +386,8 @@ func (u *upload) commit(ctx context.Context, late bool) error {
 		if !errors.Is(err, alba.ErrConflict) {
 			return err
 		}
-		// Another put of the name, somebody who took this one for dead, or only a
-		// change of the namespace.
+		// Another put of the name, somebody who took this one for dead, a device that was
+		// removed, or only a change of the namespace or of a device.
 		kv, ok, err := u.p.reg.Get(ctx, intent.Key)
 		if err != nil {
 			return err
@@ -388,6 +400,9 @@ func (u *upload) commit(ctx context.Context, late bool) error {
 		}
 		if kv.Revision != u.oldRevision() {
 			return fmt.Errorf("%w: another upload of it was first", errAgain)
+		}
+		if err := u.p.fleet.Reload(ctx); err != nil {
+			return err
 		}
 	}
 	return ErrBusy
@@ -417,6 +432,12 @@ func (u *upload) finish() {
 	defer cancel()
 	m := u.final.Clone()
 	m.Shards = u.durable()
+	kept, _ := u.p.fleet.withoutRemoved(m.Shards)
+	for i, id := range u.final.Shards {
+		if id == "" { // what was committed stays in the books: a device may be added again
+			m.Shards[i] = kept[i]
+		}
+	}
 	m.Generation++
 	key := alba.ObjectKey(m.NamespaceID, m.Object)
 	intent := alba.IntentKey(m.NamespaceID, m.Upload)
@@ -456,60 +477,4 @@ func (u *upload) abandon() {
 		return
 	}
 	u.p.purgeSoon(u.m.NamespaceID, u.m.Upload, rec, rev)
-}
-
-// Restore stores an object anew under its namespace's preset, with the first policy that
-// the devices can meet, and removes what was there: for maintenance. Readers
-// see the one or the other. It needs no owner. throttle is called before each read
-// with its bytes; nil: never.
-func (p *Proxy) Restore(ctx context.Context, ns, name string, throttle func(ctx context.Context, bytes int64) error) error {
-	err := p.check(ctx, ns, name)
-	if err == nil {
-		err = p.restore(ctx, ns, name, throttle)
-	}
-	return opError("store anew", ns, name, err)
-}
-
-func (p *Proxy) restore(ctx context.Context, ns, name string, throttle func(context.Context, int64) error) error {
-	n, err := p.loadNamespace(ctx, ns)
-	if err != nil {
-		return err
-	}
-	e, err := p.loadEntry(ctx, n, name)
-	if err != nil {
-		return err
-	}
-	e.pri = asd.PriorityRepair // nobody else has this entry
-	p.counters.Attempts.Add(1)
-	u, err := p.begin(ctx, n, name, n.Epoch, e.m.Size, e)
-	if err != nil {
-		return err
-	}
-	u.pri = asd.PriorityRepair
-	if err := u.run(ctx, entryReader{ctx, p, e, throttle}, e.m.Size); err != nil {
-		u.abandon()
-		return err
-	}
-	p.sweepTrash(ctx, n.ID, e.m.Upload)
-	return nil
-}
-
-// entryReader reads an object as the source of an upload.
-type entryReader struct {
-	ctx      context.Context
-	p        *Proxy
-	e        *entry
-	throttle func(ctx context.Context, bytes int64) error // may be nil
-}
-
-func (r entryReader) ReadAt(b []byte, off int64) (int, error) {
-	if r.throttle != nil {
-		if err := r.throttle(r.ctx, int64(len(b))); err != nil {
-			return 0, err
-		}
-	}
-	if err := r.p.readEntry(r.ctx, r.e, b, off); err != nil {
-		return 0, err
-	}
-	return len(b), nil
 }

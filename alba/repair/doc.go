@@ -43,6 +43,10 @@
 //
 // # Removed devices
 //
+// A device is removed without force when neither an intent nor a manifest speaks of it and
+// nothing can come to do so; by force at any time: what is committed after that does
+// not count on it (proxy/retire.go).
+//
 // The record of a device that was removed goes when no object and no upload refers to
 // it; its ID is remembered (alba.RemovedKey), and a disk that has it is refused: what
 // is on it is older than anything that has happened since.

@@ -38,15 +38,14 @@ type DeviceStatus struct {
 	Reason    string // why it is down, "" if it is not
 	Since     time.Time
 	Stats     asd.Stats
-	Shards    int64 // that manifests speak of
+	Shards    int64 // that manifests speak of, and uploads and moves under way
 }
 
 // Status looks at all manifests.
 func (m *Maintainer) Status(ctx context.Context) (Status, error) {
 	var st Status
 	classes := map[string]*Class{}
-	shards := map[string]int64{}
-	err := m.eachObject(ctx, func(man *alba.Manifest) error {
+	shards, intents, err := m.references(ctx, func(man *alba.Manifest) {
 		key := man.Preset + "\n" + man.Policy.String() + "\n" + man.Domain.String()
 		c := classes[key]
 		if c == nil {
@@ -56,14 +55,11 @@ func (m *Maintainer) Status(ctx context.Context) (Status, error) {
 		c.Objects++
 		c.Bytes += man.Size
 		c.Disks[max(-1, Assess(man, m.condition).Disks)]++
-		for _, id := range man.Shards {
-			shards[id]++
-		}
-		return nil
 	})
 	if err != nil {
 		return st, err
 	}
+	st.Intents = intents
 	for _, key := range slices.Sorted(maps.Keys(classes)) {
 		st.Classes = append(st.Classes, *classes[key])
 	}
@@ -74,10 +70,5 @@ func (m *Maintainer) Status(ctx context.Context) (Status, error) {
 		st.Devices = append(st.Devices, DeviceStatus{Device: rec, Condition: m.condition(rec.ID), Reason: reason, Since: since, Stats: stats, Shards: shards[rec.ID]})
 	}
 	slices.SortFunc(st.Devices, func(a, b DeviceStatus) int { return strings.Compare(a.ID, b.ID) })
-	for prefix, n := range map[string]*int{alba.IntentPrefix: &st.Intents, alba.TrashPrefix: &st.Trash} {
-		if err := alba.Each(ctx, m.reg, prefix, func(alba.KV) error { *n++; return nil }); err != nil {
-			return st, err
-		}
-	}
-	return st, nil
+	return st, alba.Each(ctx, m.reg, alba.TrashPrefix, func(alba.KV) error { st.Trash++; return nil })
 }

@@ -118,9 +118,9 @@ func (a *app) asdRemove() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "remove ID|ADDRESS", Aliases: []string{"rm"}, Short: "Give a storage daemon up, for good", Args: args("ID|ADDRESS"), ValidArgsFunction: a.completeASDs,
 		Long: `Give a storage daemon up. It is listed as removed until no object refers to it any
-more; its ID is never used again. One that still holds parts of objects is only given up
-with --force, as when its disk is dead: the parts are rebuilt from others, at
-once. "scoria backend status" says how safe the objects are.`,
+more; its ID is never used again. One that still holds parts of objects, or is to hold those
+of uploads under way, is only given up with --force, as when its disk is dead: the parts
+are rebuilt from others, at once. "scoria backend status" says how safe the objects are.`,
 		RunE: func(cmd *cobra.Command, got []string) error {
 			d, err := a.findASD(cmd.Context(), got[0])
 			if err == nil {

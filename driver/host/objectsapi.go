@@ -284,11 +284,19 @@ func (b *backend) RemoveASD(ctx context.Context, id string, force bool) (control
 	if err != nil {
 		return a, err
 	}
-	if a.Shards > 0 && !force && a.State != string(alba.DeviceRemoved) {
-		return a, control.Errorf(control.CodeNeedsForce,
-			"storage daemon %s at %s still holds parts of %d objects: empty it with `scoria asd drain` first; with --force they are given up and rebuilt from others, and what has too few others is lost", id, a.Address, a.Shards)
+	switch {
+	case force || a.State == string(alba.DeviceRemoved):
+		err = b.objects.proxy.SetDeviceState(ctx, id, alba.DeviceRemoved)
+	case a.Shards > 0:
+		err = proxy.ErrInUse
+	default:
+		err = b.objects.keeper.Remove(ctx, id)
 	}
-	if err := b.objects.proxy.SetDeviceState(ctx, id, alba.DeviceRemoved); err != nil {
+	if errors.Is(err, proxy.ErrInUse) {
+		return a, control.Errorf(control.CodeNeedsForce,
+			"storage daemon %s at %s still holds parts of %d objects, uploads under way included: empty it with `scoria asd drain` first; with --force they are given up and rebuilt from others, and what has too few others is lost", id, a.Address, max(1, a.Shards))
+	}
+	if err != nil {
 		return a, objectError(err)
 	}
 	b.objects.log.Info().Str("asd", id).Int64("shards", a.Shards).Msg("storage daemon removed")
