@@ -228,7 +228,7 @@ func (s *shardWriter) send(c *sharedChunk, mark bool) (ok bool) {
 func (s *shardWriter) store(c *sharedChunk, mark bool) error {
 	m := s.u.m
 	key := alba.FragmentKey(m.NamespaceID, m.Upload, s.shard, c.Number)
-	updates := []asd.Update{asd.Put(key, asd.NewValueBlocks(c.Shards[s.shard], alba.Unit(m.Compression, m.Encryption)))}
+	updates := []asd.Update{asd.Put(key, asd.SealBlocks(c.Shards[s.shard], alba.Unit(m.Compression, m.Encryption)))}
 	if mark {
 		updates = s.mark(updates)
 	}

@@ -154,7 +154,10 @@ func (osFS) SyncDir(name string) error {
 		return err
 	}
 	defer d.Close()
-	return d.Sync()
+	if err := retry(func() error { return fsync(int(d.Fd())) }); err != nil {
+		return pathError("sync", name, err)
+	}
+	return nil
 }
 
 // Free implements FS.

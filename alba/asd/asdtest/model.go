@@ -247,9 +247,8 @@ func (m *Model) Apply(ctx context.Context, asserts []asd.Assert, updates []asd.U
 	for i := range updates {
 		switch u := &updates[i]; u.Kind {
 		case asd.KindPut:
-			v := u.Value
-			v.Data, v.CRCs = bytes.Clone(v.Data), slices.Clone(v.CRCs)
-			m.values[u.Key] = v
+			// A new value: what was verified on its way in is not from then on.
+			m.values[u.Key] = asd.Value{Data: bytes.Clone(u.Value.Data), BlockSize: u.Value.BlockSize, CRCs: slices.Clone(u.Value.CRCs)}
 		case asd.KindDelete:
 			delete(m.values, u.Key)
 		case asd.KindRaiseEpoch:
