@@ -154,10 +154,7 @@ func (osFS) SyncDir(name string) error {
 		return err
 	}
 	defer d.Close()
-	if err := retry(func() error { return fsync(int(d.Fd())) }); err != nil {
-		return pathError("sync", name, err)
-	}
-	return nil
+	return d.Sync()
 }
 
 // Free implements FS.

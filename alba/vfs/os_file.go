@@ -249,7 +249,7 @@ func (f *osFile) writeZeroes(off, length int64) error {
 
 // Sync implements File with fdatasync, which includes the size.
 func (f *osFile) Sync() error {
-	return f.do("sync", fdatasync)
+	return f.do("sync", unix.Fdatasync)
 }
 
 // StartWriteback implements File with sync_file_range. File systems without it
