@@ -24,12 +24,17 @@ type generator struct {
 	draw []string // names of kinds, each as often as its weight
 }
 
-func newGenerator(r *run, rng *rand.Rand) *generator {
-	g := &generator{r: r, rng: rng, next: 1}
-	for _, name := range slices.Sorted(maps.Keys(kinds)) {
-		for range kinds[name].weight {
-			g.draw = append(g.draw, name)
+// newGenerator makes one that picks kinds by these weights; nil: by those of kinds.
+func newGenerator(r *run, rng *rand.Rand, weights map[string]int) *generator {
+	if weights == nil {
+		weights = map[string]int{}
+		for name, k := range kinds {
+			weights[name] = k.weight
 		}
+	}
+	g := &generator{r: r, rng: rng, next: 1}
+	for _, name := range slices.Sorted(maps.Keys(weights)) {
+		g.draw = append(g.draw, slices.Repeat([]string{name}, weights[name])...)
 	}
 	return g
 }

@@ -70,20 +70,33 @@ func (r *recorder) close(keep bool) {
 	}
 }
 
+// source is where random operations come from.
+type source struct {
+	dir      string         // for the file with them; empty: that for temporary files
+	weights  map[string]int // how often each kind of operations is picked; nil: as kinds has it
+	settings *settings      // nil: random ones
+	wrap     func(block.Device) block.Device
+}
+
 // generate runs n random operations and returns them, and what went wrong. They are
-// written to a file in dir, or in that for temporary files, which stays if they fail.
-func generate(t *testing.T, dir string, seed uint64, n int, wrap func(block.Device) block.Device) (*trace, error) {
+// written to a file, which stays if they fail.
+func generate(t *testing.T, from source, seed uint64, n int) (*trace, error) {
 	t.Helper()
 	rng := rand.New(rand.NewPCG(seed, 1))
-	rec := newRecorder(t, dir, randomSettings(rng), seed)
+	s := from.settings
+	if s == nil {
+		random := randomSettings(rng)
+		s = &random
+	}
+	rec := newRecorder(t, from.dir, *s, seed)
 	t.Logf("-seed %d -ops %d: %s; trace in %s", seed, n, rec.trace.settings, rec.file.Name())
-	r, err := newRun(rec.trace.settings, testLog(t), wrap)
+	r, err := newRun(rec.trace.settings, testLog(t), from.wrap)
 	if err != nil {
 		rec.close(true)
 		return &rec.trace, err
 	}
 	began := time.Now()
-	g := newGenerator(r, rng)
+	g := newGenerator(r, rng, from.weights)
 	for range n {
 		o := g.op()
 		rec.add(o)
@@ -104,7 +117,7 @@ func generate(t *testing.T, dir string, seed uint64, n int, wrap func(block.Devi
 // try runs a seed and fails with the shrunk trace.
 func try(t *testing.T, seed uint64, n int) {
 	t.Helper()
-	failed, err := generate(t, "", seed, n, nil)
+	failed, err := generate(t, source{}, seed, n)
 	if err == nil {
 		return
 	}

@@ -20,9 +20,9 @@ type shrunk struct {
 	attempts int
 }
 
-// details are what differs between two failures of the same kind: names, numbers, and
-// what was being done when the daemon died.
-var details = regexp.MustCompile(`^operation [^:]*: |^at the end: |\b[a-z]/v[0-9]+|\[[^]]*\]|[0-9]+`)
+// details are what differs between two failures of the same kind: the operation that found
+// it, names, numbers, and what was being done when the daemon died.
+var details = regexp.MustCompile(`^operation [^:]*: |^at the end: [a-z]+[^:]*: |\b[a-z]/v[0-9]+(@[a-z0-9-]+)?|\[[^]]*\]|[0-9]+`)
 
 // alike reports whether two failures look like the same one.
 func alike(a, b error) bool {

@@ -235,8 +235,11 @@ func (v *volume) space() spaceOf {
 }
 
 // space compares what the daemon says that everything takes; what has still to be
-// written out or given back is waited for.
+// written out or given back is waited for, but not what is wrong otherwise.
 func (r *run) space(op) error {
+	if err := r.verify(); err != nil || r.w.life.died() {
+		return err
+	}
 	for _, name := range r.m.names() {
 		var err error
 		for end := time.Now().Add(patience); ; {
