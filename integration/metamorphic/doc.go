@@ -7,7 +7,7 @@
 //
 // A daemon as scoriad starts it (host.StartOn), in this process: control API and
 // shared-memory rings on their real sockets, the embedded registry, the engine, the
-// directory store and the object store with three embedded storage daemons. All that
+// directory store and the object store with embedded storage daemons, four at first. All that
 // it keeps on disk, but for the registry, is on a vfs.Mem, so a kill is its KillClone
 // and a loss of power its CrashClone, at any call to the disk; the registry, whose
 // commits are durable when they return and whose own crashes are tested in its
@@ -22,6 +22,12 @@
 // snapshot, and the space that volumes and snapshots take. Behind the last flush the
 // model keeps the steps in which the log grew, of which a loss of power may take the
 // last ones (P1, P2) and a kill none that was answered (P3).
+//
+// Storage daemons are added, drained, removed and replaced, and master keys too; the model
+// knows nothing of either: contents must stay right. At least three storage daemons are
+// in use at any time, one of which fails, and what may need that one is looked at before it
+// does. In the end every object must be able to lose a disk, those that are drained must be
+// empty, and a daemon that has the last master key only must read everything.
 //
 // An operation during which the daemon dies has alternatives: before, after, and what
 // else the packages' docs allow. What is found after the restart must be one of them.

@@ -315,6 +315,28 @@ func (g *generator) tick(o *op) bool {
 
 func (g *generator) diskFails(*op) bool { return !g.r.w.settings.DirOnly }
 
+// disk leaves which one to what there is then.
+func (g *generator) disk(o *op) bool {
+	o.N = g.rng.Uint64N(diskSlots)
+	return !g.r.w.settings.DirOnly
+}
+
+func (g *generator) addDisk(o *op) bool {
+	if g.rng.IntN(2) == 0 {
+		o.Mod = "wipe"
+	}
+	return g.disk(o)
+}
+
+func (g *generator) newKey(o *op) bool {
+	return g.rotate(o) && len(g.r.w.keyring) < maxKeys && g.death(o)
+}
+
+func (g *generator) rotate(*op) bool {
+	s := g.r.w.settings
+	return !s.DirOnly && s.Encrypt != "none"
+}
+
 func (g *generator) death(o *op) bool {
 	o.Seed = g.rng.Uint64()
 	return true

@@ -65,6 +65,14 @@ func init() {
 		"diskfails":   {2, (*generator).diskFails, (*run).diskFails},
 		"diskreturns": {4, (*generator).nothing, (*run).diskReturns},
 
+		"adddisk":     {6, (*generator).addDisk, (*run).addDisk},
+		"drain":       {5, (*generator).disk, (*run).drain},
+		"removedisk":  {10, (*generator).disk, (*run).removeDisk},
+		"replacedisk": {4, (*generator).disk, (*run).replaceDisk},
+		"settle":      {0, (*generator).nothing, (*run).settle}, // at the end
+		"newkey":      {2, (*generator).newKey, (*run).newKey},
+		"rotate":      {3, (*generator).rotate, (*run).rotateKeys},
+
 		"restart": {2, (*generator).nothing, (*run).restart},
 		"kill":    {3, (*generator).death, (*run).kill},
 		"power":   {3, (*generator).death, (*run).power},
@@ -321,10 +329,19 @@ func (r *run) tick(o op) error {
 	return nil
 }
 
+// diskFails has the first disk fail, unless an object that was stored or moved while
+// others were away may need it.
 func (r *run) diskFails(op) error {
-	if !r.w.settings.DirOnly {
-		r.w.life.asdDown.Store(true)
+	if r.w.settings.DirOnly {
+		return nil
 	}
+	if r.w.moved {
+		st, err := r.backend()
+		if err != nil || least(st) < 1 {
+			return err
+		}
+	}
+	r.w.life.asdDown.Store(true)
 	return nil
 }
 

@@ -124,7 +124,7 @@ func (r *run) leave() {
 func (r *run) finish() error {
 	r.w.life.countdown.Store(0)
 	r.w.life.asdDown.Store(false)
-	for _, o := range []op{{Kind: "restart"}, {Kind: "verify"}, {Kind: "space"}} {
+	for _, o := range []op{{Kind: "restart"}, {Kind: "settle"}, {Kind: "restart"}, {Kind: "space"}} {
 		if err := r.do(o); err != nil {
 			return fmt.Errorf("%s: %w", o, err)
 		}

@@ -343,7 +343,7 @@ func (r *run) remains() error {
 	if err != nil {
 		return err
 	}
-	kept := []string{registry.PoolPrefix, registry.NodePrefix, alba.DevicePrefix, alba.PresetPrefix, alba.JobPrefix, alba.ClusterKey, alba.HistoryKey}
+	kept := []string{registry.PoolPrefix, registry.NodePrefix, alba.DevicePrefix, alba.PresetPrefix, alba.JobPrefix, alba.RemovedPrefix, alba.ClusterKey, alba.HistoryKey}
 	for _, kv := range kvs {
 		if !slices.ContainsFunc(kept, func(p string) bool { return strings.HasPrefix(kv.Key, p) }) {
 			left = append(left, "key "+kv.Key)

@@ -36,10 +36,11 @@ const (
 	objectPool = "o"
 )
 
-// storageDaemons is how many storage daemons there are; the first one fails at times.
+// storageDaemons is how many storage daemons the preset needs; there is one more at first,
+// of the daemon's own. The first one fails at times.
 const storageDaemons = 3
 
-const masterKeys = "5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a\n"
+const firstKey = "5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a"
 
 // world is a daemon with everything that it stands on.
 type world struct {
@@ -49,6 +50,10 @@ type world struct {
 	boot     int
 	log      zerolog.Logger
 	wrap     func(block.Device) block.Device // between the test and the daemon; nil: nothing
+
+	keyring []string        // the master keys, the one in use first
+	moved   bool            // objects may be where the model does not expect them: a disk was drained or given up
+	removed [diskSlots]bool // whose removal was asked for at least once
 
 	life *life
 }
@@ -93,7 +98,7 @@ func newWorld(s settings, log zerolog.Logger) (*world, error) {
 		return nil, err
 	}
 	w := &world{settings: s, dir: dir, fs: vfs.NewMem(), log: log}
-	err = os.WriteFile(w.keys(), []byte(masterKeys), 0o600)
+	err = w.writeKeys([]string{firstKey})
 	if err == nil {
 		err = w.start()
 	}
@@ -181,7 +186,13 @@ func (w *world) furnish() error {
 	return err
 }
 
-func asdDir(i int) string { return fmt.Sprint("/asd", i) }
+// asdDir is the directory of a slot; the last one's is that which the daemon makes by itself.
+func asdDir(i int) string {
+	if i == diskSlots-1 {
+		return "/data/asd"
+	}
+	return fmt.Sprint("/asd", i)
+}
 
 // close ends the world, in order if it lives.
 func (w *world) close() error {
