@@ -144,7 +144,7 @@ func (h *Host) openParts(ctx context.Context, fsys vfs.FS) error {
 	}
 	h.log = h.log.With().Str("instance", h.id.ID[:8]).Logger()
 	plan := h.planWriteBuffer(fsys)
-	if h.reg, err = h.parts.OpenRegistry(filepath.Join(h.config.DataDir, "registry.db")); err != nil {
+	if h.reg, err = h.parts.OpenRegistry(filepath.Join(h.config.DataDir, registryFile)); err != nil {
 		return err
 	}
 	h.undoLater(h.reg.Close)

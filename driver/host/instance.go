@@ -24,6 +24,8 @@ const (
 	instanceFile    = "instance.json"
 	instanceVersion = 1
 	shmDir          = "/dev/shm"
+
+	registryFile = "registry.db"
 )
 
 // instance is DATA/instance.json: who this daemon is, and how its last run

@@ -68,12 +68,18 @@ type RebuiltVolume struct {
 // back from a backup and is older than the storage daemons. Errors that are the operator's have a
 // control.Code.
 func RebuildRegistry(ctx context.Context, c Config, req RebuildRequest, log zerolog.Logger) (RebuildReport, error) {
-	r := &rebuilder{config: c, req: req, log: log, fs: vfs.OS(), report: RebuildReport{
+	return RebuildRegistryOn(ctx, vfs.OS(), filepath.Join(c.DataDir, registryFile), c, req, log)
+}
+
+// RebuildRegistryOn is RebuildRegistry for a daemon that stands on another file system (Parts.FS)
+// and has its registry in a file elsewhere (Parts.OpenRegistry), which is always the host's own.
+func RebuildRegistryOn(ctx context.Context, fsys vfs.FS, file string, c Config, req RebuildRequest, log zerolog.Logger) (RebuildReport, error) {
+	r := &rebuilder{config: c, req: req, log: log, fs: fsys, file: file, report: RebuildReport{
 		Pools: []string{}, Volumes: []RebuiltVolume{}, Missing: []string{}, Lost: []string{}, Superseded: []string{}, Problems: []string{}}}
 	if r.req.Progress == nil {
 		r.req.Progress = func(string) {}
 	}
-	if _, err := os.Stat(c.DataDir); err != nil {
+	if _, err := r.fs.Stat(c.DataDir); err != nil {
 		return r.report, control.Errorf(control.CodeNotFound, "data directory: %v", err)
 	}
 	lock, err := lockDir(ctx, r.fs, "data directory", c.DataDir)
@@ -91,7 +97,8 @@ type rebuilder struct {
 	config Config
 	req    RebuildRequest
 	log    zerolog.Logger
-	fs     vfs.FS
+	fs     vfs.FS // everything but the registries
+	file   string // of the registry
 	node   string
 	report RebuildReport
 
@@ -110,8 +117,7 @@ func (r *rebuilder) problem(format string, args ...any) {
 }
 
 func (r *rebuilder) run(ctx context.Context) (err error) {
-	final := filepath.Join(r.config.DataDir, "registry.db")
-	keep, err := r.examine(ctx, final)
+	keep, err := r.examine(ctx)
 	if r.former != nil {
 		defer func() { err = errors.Join(err, r.former.close()) }()
 	}
@@ -130,27 +136,27 @@ func (r *rebuilder) run(ctx context.Context) (err error) {
 	if err := id.save(r.fs, r.config.DataDir); err != nil {
 		return err
 	}
-	unfinished := final + ".rebuilding"
+	unfinished := r.file + ".rebuilding"
 	if err := os.Remove(unfinished); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	if err := r.build(ctx, unfinished, devices); err != nil {
 		return errors.Join(err, os.Remove(unfinished))
 	}
-	return r.place(unfinished, final, keep)
+	return r.place(unfinished, keep)
 }
 
 // examine looks at the registry that is there; keep says that it has anything. Opening
 // a registry repairs it, so that this is done to a copy.
-func (r *rebuilder) examine(ctx context.Context, name string) (keep bool, err error) {
-	b, err := os.ReadFile(name)
+func (r *rebuilder) examine(ctx context.Context) (keep bool, err error) {
+	b, err := os.ReadFile(r.file)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && len(b) == 0 { // a start that was refused makes one
 		return false, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	dir, err := os.MkdirTemp(r.config.DataDir, "examined-")
+	dir, err := os.MkdirTemp(filepath.Dir(r.file), "examined-")
 	if err != nil {
 		return false, err
 	}
@@ -159,7 +165,7 @@ func (r *rebuilder) examine(ctx context.Context, name string) (keep bool, err er
 			err = errors.Join(err, os.RemoveAll(dir))
 		}
 	}()
-	if err := os.WriteFile(filepath.Join(dir, "registry.db"), b, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, registryFile), b, 0o600); err != nil {
 		return false, err
 	}
 	former, err := openFormer(ctx, dir)
@@ -169,9 +175,9 @@ func (r *rebuilder) examine(ctx context.Context, name string) (keep bool, err er
 		return false, ctx.Err()
 	case r.req.Force:
 	case err != nil:
-		return false, control.Errorf(control.CodeNeedsForce, "%s is there and can't be read: %v (--force keeps it under another name and makes a new one)", name, err)
+		return false, control.Errorf(control.CodeNeedsForce, "%s is there and can't be read: %v (--force keeps it under another name and makes a new one)", r.file, err)
 	case former.volumes > 0:
-		r.refusal = control.Errorf(control.CodeNeedsForce, "%s is there, has %d volumes, and knows all that the storage daemons were told: start scoriad with it (--force keeps it under another name and makes a new one)", name, former.volumes)
+		r.refusal = control.Errorf(control.CodeNeedsForce, "%s is there, has %d volumes, and knows all that the storage daemons were told: start scoriad with it (--force keeps it under another name and makes a new one)", r.file, former.volumes)
 	}
 	return true, nil
 }
@@ -197,7 +203,7 @@ func (r *rebuilder) devices() ([]alba.Device, error) {
 			}
 			d.Rack, d.Datacentre = r.config.Backend.Rack, r.config.Backend.Datacentre
 			// Opening a directory that has none would make a storage daemon there.
-			if _, err := os.Stat(filepath.Join(d.Address, "identity")); err != nil {
+			if _, err := r.fs.Stat(filepath.Join(d.Address, "identity")); err != nil {
 				r.problem("storage daemon in %s: %v: it is left out", d.Address, err)
 				continue
 			}
@@ -310,17 +316,17 @@ func (r *rebuilder) restoreObjects(ctx context.Context, devices []alba.Device) (
 
 // place puts the new registry in the place of the old one, which stays under another
 // name if keep is set.
-func (r *rebuilder) place(unfinished, final string, keep bool) error {
+func (r *rebuilder) place(unfinished string, keep bool) error {
 	if keep {
-		r.report.Previous = final + "." + time.Now().UTC().Format("20060102T150405.000Z")
+		r.report.Previous = r.file + "." + time.Now().UTC().Format("20060102T150405.000Z")
 		// A link, so that there is a registry at all times: without one a start makes an
 		// empty one, unless it finds a storage daemon in the data directory.
-		if err := os.Link(final, r.report.Previous); err != nil {
+		if err := os.Link(r.file, r.report.Previous); err != nil {
 			return err
 		}
 	}
-	if err := os.Rename(unfinished, final); err != nil {
+	if err := os.Rename(unfinished, r.file); err != nil {
 		return err
 	}
-	return r.fs.SyncDir(filepath.Dir(final))
+	return vfs.OS().SyncDir(filepath.Dir(r.file))
 }

@@ -24,7 +24,7 @@ type formerRegistry struct {
 
 // openFormer opens the copy of a registry in dir that has anything in it.
 func openFormer(ctx context.Context, dir string) (*formerRegistry, error) {
-	reg, err := registry.Open(filepath.Join(dir, "registry.db"))
+	reg, err := registry.Open(filepath.Join(dir, registryFile))
 	if err != nil {
 		return nil, err
 	}
