@@ -78,7 +78,7 @@ type orderedPreset struct {
 // statement is the latest that a device was told of whether another one was removed.
 type statement struct {
 	at      uint64
-	removed bool
+	removed []byte // its record then; nil: it was not
 }
 
 // RebuildRegistry restores what the registry held of the object store from the devices
@@ -88,7 +88,8 @@ type statement struct {
 // with addresses and places; their IDs are filled in. What lies on devices that are
 // missing from the list, or can't be read, is found again when it is repeated with
 // them on an empty registry. A device that others know to have been removed is left out:
-// what it has may have been deleted since. Nothing on the devices is changed.
+// what it has may have been deleted since, and it is remembered as removed. Nothing on the
+// devices is changed.
 func RebuildRegistry(ctx context.Context, reg alba.Registry, dial proxy.Dial, devices []alba.Device, log zerolog.Logger) (Rebuilt, error) {
 	b := &rebuild{reg: reg, log: log, presets: map[string]orderedPreset{}, namespaces: map[alba.ID]alba.Namespace{},
 		epochs: map[alba.ID]uint64{}, uploads: map[alba.ID]*found{}, deleted: map[alba.ID]bool{}, positions: map[string]alba.Position{}, stated: map[string]statement{}}
@@ -137,10 +138,20 @@ func (b *rebuild) statements(ctx context.Context, dial proxy.Dial, d alba.Device
 		return ctx.Err()
 	}
 	defer func() { err = errors.Join(err, c.Close()) }()
-	removed := map[string]bool{}
-	_ = b.each(ctx, c, d.ID, alba.RemovedCopyPrefix, func(_ context.Context, _ asd.Client, _, key string) error {
-		removed[key[len(alba.RemovedCopyPrefix):]] = true
-		return nil
+	removed := map[string][]byte{}
+	_ = b.each(ctx, c, d.ID, alba.RemovedCopyPrefix, func(ctx context.Context, c asd.Client, _, key string) error {
+		id := key[len(alba.RemovedCopyPrefix):]
+		// What it says can be made up, but not whether it says it.
+		removed[id] = alba.Encode(alba.Device{ID: id, State: alba.DeviceRemoved})
+		v, err := c.Get(ctx, key, asd.PriorityRepair)
+		if err != nil {
+			return err
+		}
+		was, err := alba.Decode[alba.Device](v.Data)
+		if err == nil && was.ID == id && was.State == alba.DeviceRemoved {
+			removed[id] = v.Data
+		}
+		return err
 	})
 	for after := alba.StatedPrefix; ; {
 		list, more, err := c.Epochs(ctx, after)
@@ -180,7 +191,7 @@ func (b *rebuild) device(ctx context.Context, dial proxy.Dial, d alba.Device) (e
 	if err := d.Check(); err != nil {
 		return err
 	}
-	if b.stated[d.ID].removed {
+	if b.stated[d.ID].removed != nil {
 		b.problem("ASD %s at %s was removed, and what is on it is old: it is left out", d.ID, d.Address)
 		return nil
 	}
@@ -436,7 +447,7 @@ func (b *rebuild) commit(ctx context.Context) error {
 	for _, f := range b.chosen() {
 		man := f.man.Clone()
 		for i, d := range man.Shards {
-			if d != "" && f.shards[i] == "" && !b.stated[d].removed && !slices.ContainsFunc(b.devices, func(have alba.Device) bool { return have.ID == d }) {
+			if d != "" && f.shards[i] == "" && b.stated[d].removed == nil && !slices.ContainsFunc(b.devices, func(have alba.Device) bool { return have.ID == d }) {
 				missing[d] = true
 			}
 		}
@@ -453,6 +464,11 @@ func (b *rebuild) commit(ctx context.Context) error {
 	for _, d := range b.devices {
 		b.report.Devices++
 		writes = append(writes, alba.Write{Key: alba.DeviceKey(d.ID), Value: alba.Encode(d)})
+	}
+	for id, s := range b.stated {
+		if s.removed != nil {
+			writes = append(writes, alba.Write{Key: alba.RemovedKey(id), Value: s.removed})
+		}
 	}
 	b.report.Missing = slices.Sorted(maps.Keys(missing))
 	for len(writes) > 0 {

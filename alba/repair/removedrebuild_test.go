@@ -83,6 +83,9 @@ func TestRebuildLeavesRemovedDevicesOut(t *testing.T) {
 					t.Fatalf("a deleted object is back: %v", err)
 				}
 				r.expectAll(r.p)
+				if _, err := r.p.AddDevice(ctx, r.Record(old)); !c.again && !errors.Is(err, proxy.ErrRemoved) {
+					t.Fatalf("the removed device is added: %v", err)
+				}
 			}
 		})
 	}

@@ -246,6 +246,8 @@ func (d *Disk) openKV(fresh bool) error {
 		opts.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
 		opts.Levels[i].FilterType = pebble.TableFilter
 	}
+	compactions := newCompactions()
+	opts.Experimental.CompactionScheduler = compactions
 	opts.EnsureDefaults()
 	d.tableOpts = opts.MakeReaderOptions()
 	d.opening.Store(true)
@@ -258,6 +260,7 @@ func (d *Disk) openKV(fresh bool) error {
 		return fmt.Errorf("key-value store: %w", kvError(err))
 	}
 	d.db = db
+	compactions.opened()
 	return nil
 }
 

@@ -248,6 +248,58 @@ func TestOpenOnAFailingDisk(t *testing.T) {
 	must(t, d.Close())
 }
 
+// TestNoCompactionBeforeItIsOpen: while an opening can fail, nothing goes on beside it that
+// would use what it gives up then, and that would panic. Compactions that are due begin
+// when it is open.
+func TestNoCompactionBeforeItIsOpen(t *testing.T) {
+	fsys := vfs.NewMem()
+	early := make(chan string, 1)
+	hook := func(op vfs.Op, name string) error {
+		switch {
+		case op == vfs.OpOpen && strings.HasSuffix(name, ".sst"):
+			select {
+			case early <- name:
+			default:
+			}
+		case op == vfs.OpCreate && strings.Contains(name, "/kv/") && strings.HasSuffix(name, ".log"):
+			// The old log was carried over, after which compactions are due: time for one.
+			for i := 0; i < 50 && len(early) == 0; i++ {
+				time.Sleep(time.Millisecond)
+			}
+			return syscall.EIO
+		}
+		return nil
+	}
+	// Each opening that fails leaves another table of the same keys.
+	for i := range 4 {
+		d := open(t, fsys, "/asd", testOptions)
+		must(t, d.Apply(background, nil, []asd.Update{asd.Put("key", asd.NewValue([]byte{byte(i)}))}, guest))
+		left, err := fsys.KillClone()
+		must(t, err)
+		_ = d.Close()
+		left.SetHook(hook)
+		for range 3 {
+			_, err = Open(left, "/asd", testOptions)
+			wantErr(t, err, syscall.EIO)
+		}
+		left.SetHook(nil)
+		fsys = left
+	}
+	select {
+	case name := <-early:
+		t.Fatalf("%s was read while an opening failed", name)
+	default:
+	}
+	d := open(t, fsys, "/asd", testOptions)
+	eventually(t, "compactions begin", func() bool { return d.db.Metrics().Compact.Count > 0 })
+	got, err := d.Get(background, "key", guest)
+	must(t, err)
+	if string(got.Data) != "\x03" {
+		t.Fatalf("read %q", got.Data)
+	}
+	must(t, d.Close())
+}
+
 // TestDirectoryThatCannotBeSynced: Pebble panics when it can't sync its directory after
 // it has made a manifest; here the opening fails, and the process lives.
 func TestDirectoryThatCannotBeSynced(t *testing.T) {
