@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -47,6 +49,45 @@ type recordCopy struct {
 }
 
 func copyName(n uint64) string { return fmt.Sprintf("%s%016x", copyPrefix, n) }
+
+// RecordsCopied reports whether the object store has the records of all its volumes and of
+// their pools as the registry has them at this moment, so that one which is rebuilt then has
+// them, too. From any goroutine; a test asks before it has the registry lost.
+func (h *Host) RecordsCopied(ctx context.Context) (bool, error) {
+	kvs, err := h.reg.List(ctx, registry.VolumePrefix)
+	if err != nil {
+		return false, err
+	}
+	for _, kv := range kvs {
+		v, err := registry.Load[registry.Volume](ctx, h.reg, kv.Key)
+		if errors.Is(err, registry.ErrNotFound) {
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		if v.Record.Preset == "" {
+			continue
+		}
+		p, err := registry.Load[registry.Pool](ctx, h.reg, registry.PoolKey(v.Record.Pool))
+		if err != nil {
+			return false, err
+		}
+		s, ns := h.volumes.storeOf(&v.Record), v.Record.ID.String()
+		numbers, err := copies(ctx, s, ns)
+		if err != nil || len(numbers) != 1 {
+			return false, err
+		}
+		_, c, err := readCopy(ctx, s, ns, numbers[0])
+		if errors.Is(err, driver.ErrNoObject) { // it was replaced meanwhile
+			return false, nil
+		}
+		if err != nil || !reflect.DeepEqual(c.Volume, v.Record) || !reflect.DeepEqual(c.Pool, p.Record) {
+			return false, err
+		}
+	}
+	return true, nil
+}
 
 // copies lists the numbers of a namespace's copies, ascending.
 func copies(ctx context.Context, s driver.Store, ns string) ([]uint64, error) {

@@ -29,6 +29,10 @@
 // does. In the end every object must be able to lose a disk, those that are drained must be
 // empty, and a daemon that has the last master key only must read everything.
 //
+// Where all volumes are in the object store the registry is lost at times, with the daemon
+// stopped, killed or without power, and made anew from the storage daemons (P10). What is
+// lost by that are later names of snapshots, and pools without volumes.
+//
 // An operation during which the daemon dies has alternatives: before, after, and what
 // else the packages' docs allow. What is found after the restart must be one of them.
 //

@@ -337,6 +337,15 @@ func (g *generator) rotate(*op) bool {
 	return !s.DirOnly && s.Encrypt != "none"
 }
 
+// rebuild picks how the daemon ends before its registry is lost.
+func (g *generator) rebuild(o *op) bool {
+	o.Mod = []string{"", "kill", "power"}[g.rng.IntN(3)]
+	if g.rng.IntN(3) == 0 {
+		o.Mod = strings.TrimPrefix(o.Mod+",twice", ",")
+	}
+	return g.r.w.settings.Objects && g.death(o)
+}
+
 func (g *generator) death(o *op) bool {
 	o.Seed = g.rng.Uint64()
 	return true

@@ -2,6 +2,7 @@ package metamorphic
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -189,7 +190,7 @@ func (r *run) renameSnapshot(o op) error {
 	taken, _ := v.find(o.To)
 	named := func(m *model) {
 		other := *s
-		other.name = o.To
+		other.name, other.made = o.To, cmp.Or(s.made, s.name)
 		m.volumes[o.Vol].snaps[i] = &other
 	}
 	err := r.manage(o.Kind, func(ctx context.Context, c *control.Client) error {
@@ -315,7 +316,7 @@ func (r *run) flatten(o op) error {
 			v.ack()
 		}
 		if len(v.snaps) == 0 {
-			v.kin = nil
+			v.independent()
 		}
 		for i := range v.kin {
 			v.kin[i].maybe = true
@@ -338,7 +339,7 @@ func (r *run) flatten(o op) error {
 		}
 		return nil
 	case perhaps && control.CodeOf(err) == control.CodeInvalid:
-		v.kin = nil
+		v.independent()
 		return nil
 	}
 	if err == nil {

@@ -2,6 +2,7 @@ package metamorphic
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -98,6 +99,7 @@ type step map[int]*cell
 // snapshot is a state that is kept.
 type snapshot struct {
 	name  string
+	made  string // the name that it was made with, if that is another
 	id    uuid.UUID
 	cells []*cell
 }
@@ -118,6 +120,9 @@ type volume struct {
 	cells []*cell
 	snaps []*snapshot
 	kin   []kinship
+	// former are kinships that a flatten has ended, which an older state of the volume
+	// in the object store still has.
+	former []kinship
 
 	template, readOnly bool
 	// fuzzy: which cells are its own is not known, after a flatten that was interrupted.
@@ -133,6 +138,7 @@ type volume struct {
 func (v *volume) clone() *volume {
 	c := *v
 	c.cells, c.snaps, c.kin = slices.Clone(v.cells), slices.Clone(v.snaps), slices.Clone(v.kin)
+	c.former = slices.Clone(v.former)
 	c.flushed, c.steps = slices.Clone(v.flushed), slices.Clone(v.steps)
 	return &c
 }
@@ -260,6 +266,33 @@ func (m *model) dependents(v *volume, snap uuid.UUID) (sure, perhaps bool) {
 		}
 	}
 	return sure, perhaps
+}
+
+// independent says that a volume reads from no other, though it may be found to after the
+// registry was lost.
+func (v *volume) independent() {
+	for _, k := range v.kin {
+		v.former = append(v.former, kinship{volume: k.volume, snapshot: k.snapshot, maybe: true})
+	}
+	v.kin = nil
+}
+
+// rebuilt is what a registry that was made from the storage daemons knows of a volume:
+// snapshots have the names that they were made with, or, where that is taken, one derived
+// from it.
+func (v *volume) rebuilt() {
+	taken := map[string]bool{}
+	for i, s := range v.snaps {
+		other := *s
+		other.name, other.made = cmp.Or(s.made, s.name), ""
+		base := other.name
+		for n := 2; taken[other.name]; n++ {
+			other.name, other.made = fmt.Sprintf("%s-%d", base, n), base
+		}
+		taken[other.name] = true
+		v.snaps[i] = &other
+	}
+	v.kin = append(v.kin, v.former...)
 }
 
 // reads reports whether a clone surely has clusters of an ancestor. One that has not may

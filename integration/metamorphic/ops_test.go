@@ -73,6 +73,7 @@ func init() {
 		"newkey":      {2, (*generator).newKey, (*run).newKey},
 		"rotate":      {3, (*generator).rotate, (*run).rotateKeys},
 
+		"rebuild": {3, (*generator).rebuild, (*run).rebuild},
 		"restart": {2, (*generator).nothing, (*run).restart},
 		"kill":    {3, (*generator).death, (*run).kill},
 		"power":   {3, (*generator).death, (*run).power},

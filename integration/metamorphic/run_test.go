@@ -52,7 +52,7 @@ func replay(t *trace, log zerolog.Logger, wrap func(block.Device) block.Device) 
 func (r *run) do(o op) error {
 	r.alternatives = nil
 	err := kinds[o.Kind].do(r, o)
-	if r.w.life.died() {
+	if r.w.life.died() && !r.w.life.buried {
 		return r.rise()
 	}
 	return err

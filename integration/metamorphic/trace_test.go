@@ -43,17 +43,20 @@ type settings struct {
 	Compress string // of the object store's preset
 	Encrypt  string
 	DirOnly  bool // directory store only
+	Objects  bool // object store only
 }
 
 func (s settings) String() string { return encodeFields("settings", reflect.ValueOf(s)) }
 
 func randomSettings(rng *rand.Rand) settings {
 	pick := func(list ...uint64) uint64 { return list[rng.IntN(len(list))] }
-	return settings{
+	s := settings{
 		SCO: pick(1, 1, 2, 4), Pool: pick(6, 8, 12, 32), Local: pick(1, 4, 1024), Read: pick(64, 1024), SSD: pick(0, 0, 16),
 		Compress: []string{"none", "lz4", "zstd"}[rng.IntN(3)], Encrypt: []string{"none", "aes-256-gcm"}[rng.IntN(2)],
 		DirOnly: rng.IntN(3) == 0,
 	}
+	s.Objects = !s.DirOnly && rng.IntN(2) == 0
+	return s
 }
 
 // trace is what is run, and can be run again.

@@ -29,8 +29,8 @@ import (
 // goroutines.
 var patience = 3 * time.Minute
 
-// Pools of a world. Volumes of objectPool are on the object store, unless the settings
-// have the directory store only.
+// Pools of a world. Volumes of objectPool are on the object store, those of dirPool in the
+// directory store, unless the settings have one of the two only.
 const (
 	dirPool    = "d"
 	objectPool = "o"
@@ -72,11 +72,12 @@ type life struct {
 	countdown atomic.Int64 // calls to the disk until it dies; not positive: none
 	doom      death        // what happens then; written before countdown
 
-	mu   sync.RWMutex // held shared by commits, exclusively at the moment of death
-	dead chan struct{}
-	how  death    // written once, before dead is closed, as is what follows
-	next *vfs.Mem // what is left then
-	err  error
+	mu     sync.RWMutex // held shared by commits, exclusively at the moment of death
+	dead   chan struct{}
+	buried bool     // nothing of it goes on; the test's own
+	how    death    // written once, before dead is closed, as is what follows
+	next   *vfs.Mem // what is left then
+	err    error
 }
 
 // death is how a life ends before its time.
@@ -115,6 +116,8 @@ func (w *world) remove() { _ = os.RemoveAll(w.dir) }
 
 func (w *world) shmSocket() string { return filepath.Join(w.dir, "shm.sock") }
 
+func (w *world) registry() string { return filepath.Join(w.dir, "registry.db") }
+
 func (w *world) keys() string { return filepath.Join(w.dir, "keys") }
 
 func (w *world) config() host.Config {
@@ -135,7 +138,7 @@ func (w *world) start() error {
 	l.fs.SetHook(l.hook)
 	parts := host.Parts{FS: w.fs, BootID: fmt.Sprint("boot ", w.boot)}
 	parts.OpenRegistry = func(string) (host.Registry, error) {
-		reg, err := registry.Open(filepath.Join(w.dir, "registry.db"))
+		reg, err := registry.Open(w.registry())
 		l.reg = reg
 		return mortalRegistry{reg, l}, err
 	}
@@ -162,28 +165,40 @@ func (w *world) start() error {
 
 // furnish makes pools and storage daemons.
 func (w *world) furnish() error {
+	if w.settings.DirOnly {
+		return w.makePools()
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	c := w.life.client
-	if _, err := c.CreatePool(ctx, control.CreatePool{Name: dirPool, Store: control.StoreDirectory}); err != nil {
-		return err
-	}
-	if w.settings.DirOnly {
-		_, err := c.CreatePool(ctx, control.CreatePool{Name: objectPool, Store: control.StoreDirectory})
-		return err
-	}
 	for i := range storageDaemons {
-		if _, err := c.AddASD(ctx, control.AddASD{Address: asdDir(i)}); err != nil {
+		if _, err := w.life.client.AddASD(ctx, control.AddASD{Address: asdDir(i)}); err != nil {
 			return err
 		}
 	}
+	return w.makePools()
+}
+
+// makePools makes the pools, and the preset of those on the object store, that are not there.
+func (w *world) makePools() error {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
 	ps := control.Preset{Name: "p", FragmentBytes: 64 << 10, FailureDomain: "disk", Compression: w.settings.Compress, Encryption: w.settings.Encrypt,
 		Policies: []control.Policy{{K: 2, M: 1, C: 3, X: 1}, {K: 2, M: 0, C: 2, X: 1}}}
-	if _, err := c.CreatePreset(ctx, ps); err != nil {
-		return err
+	if !w.settings.DirOnly {
+		if _, err := w.life.client.CreatePreset(ctx, ps); err != nil && control.CodeOf(err) != control.CodeExists {
+			return err
+		}
 	}
-	_, err := c.CreatePool(ctx, control.CreatePool{Name: objectPool, Preset: ps.Name})
-	return err
+	for _, name := range []string{dirPool, objectPool} {
+		p := control.CreatePool{Name: name, Preset: ps.Name}
+		if w.settings.DirOnly || name == dirPool && !w.settings.Objects {
+			p = control.CreatePool{Name: name, Store: control.StoreDirectory}
+		}
+		if _, err := w.life.client.CreatePool(ctx, p); err != nil && control.CodeOf(err) != control.CodeExists {
+			return err
+		}
+	}
+	return nil
 }
 
 // asdDir is the directory of a slot; the last one's is that which the daemon makes by itself.
@@ -252,6 +267,10 @@ func (l *life) died() bool {
 // bury ends what goes on of a dead daemon.
 func (w *world) bury() error {
 	l := w.life
+	if l.buried {
+		return nil
+	}
+	l.buried = true
 	return within("the burial of a dead daemon", func() error {
 		if l.engine != nil {
 			l.engine.Abandon()
