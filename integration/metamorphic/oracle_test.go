@@ -94,7 +94,7 @@ func TestOracleAndShrinker(t *testing.T) {
 				failed, err = generate(t, from, seed, 400)
 			}
 			t.Logf("found by operation %d: %v", len(failed.ops), err)
-			small := shrink(failed, err, shrinkLimits{attempts: 300, each: 1, total: 5 * time.Minute}, func(tr *trace) error {
+			small := shrink(failed, err, shrinkLimits{attempts: 300, each: 1, total: time.Hour}, func(tr *trace) error {
 				return replay(tr, testLog(t), from.wrap)
 			})
 			t.Logf("shrunk by %d attempts to\n%s", small.attempts, small.trace)
