@@ -114,8 +114,11 @@ func TestStopRightAfterStartIsQuiet(t *testing.T) {
 		}
 		time.Sleep(time.Duration(i) * time.Millisecond)
 		stopHost(t, h)
-		if text := log.String(); text != "" {
-			t.Fatalf("the log says:\n%s", text)
+		for line := range strings.Lines(log.String()) {
+			// A stop waits copyAtStop for the last copies, which a busy machine may exceed.
+			if !strings.Contains(line, "copies of the volumes' records are behind") {
+				t.Fatalf("the log says:\n%s", line)
+			}
 		}
 	}
 	if _, err := os.Stat(c.controlSocket()); err == nil {
