@@ -147,7 +147,12 @@ func (v *Volume) checkSealed(ctx context.Context, m *scoMeta, rep *CheckReport) 
 // checkCopy verifies header, trailer, records, CRC table and data of one copy,
 // and returns the records, nil if they can't be read.
 func (v *Volume) checkCopy(ctx context.Context, m *scoMeta, which string, r io.ReaderAt, rep *CheckReport) []tlog.Record {
-	bad := func(err error) { rep.problem("SCO %d: %s: %v", m.number, which, err) }
+	bad := func(err error) {
+		rep.problem("SCO %d: %s: %v", m.number, which, err)
+		if errors.Is(err, ErrLost) {
+			v.lostInStore(v.objectOf(m))
+		}
+	}
 	page := make([]byte, sco.Page)
 	if _, err := r.ReadAt(page, 0); err != nil {
 		bad(err)

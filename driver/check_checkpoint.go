@@ -50,20 +50,26 @@ func (v *Volume) checkCheckpoint(ctx context.Context, rep *CheckReport) {
 // needsPages reports whether the map still refers to a page object.
 func (v *Volume) needsPages(object uint32) bool { return slices.Contains(v.m.Objects(), object) }
 
+// soundPages reads all of a page object.
+func (v *Volume) soundPages(object uint32, r io.ReaderAt, size int64) error {
+	o, err := lba.OpenPageObject(r, size, v.cfg.ID, object)
+	if err != nil {
+		return err
+	}
+	page := make([]byte, lba.PageBytes)
+	for i := range uint32(o.Pages()) {
+		if err := o.ReadPage(r, i, page); err != nil {
+			return fmt.Errorf("page %d: %w", i, err)
+		}
+	}
+	return nil
+}
+
 func (v *Volume) checkPages(object uint32, which string, r io.ReaderAt, size int64, rep *CheckReport) {
-	err := func() error {
-		o, err := lba.OpenPageObject(r, size, v.cfg.ID, object)
-		if err != nil {
-			return err
-		}
-		page := make([]byte, lba.PageBytes)
-		for i := range uint32(o.Pages()) {
-			if err := o.ReadPage(r, i, page); err != nil {
-				return fmt.Errorf("page %d: %w", i, err)
-			}
-		}
-		return nil
-	}()
+	err := v.soundPages(object, r, size)
+	if errors.Is(err, ErrLost) {
+		v.lostInStore(pagesName(object))
+	}
 	if err != nil && v.needsPages(object) {
 		rep.problem("checkpoint: %s: %s: %v", pagesName(object), which, err)
 	}
@@ -89,6 +95,9 @@ func (v *Volume) checkStoredRoots(ctx context.Context, rep *CheckReport) {
 	}
 	for _, name := range names {
 		_, err := v.storedRoot(ctx, name)
+		if errors.Is(err, ErrLost) {
+			v.lostInStore(name)
+		}
 		if err != nil && !errors.Is(err, ErrNoObject) {
 			rep.problem("checkpoint: %s: store's copy: %v", name, err)
 		}

@@ -88,7 +88,7 @@
 // A clone takes its ancestors' metaMu with its own checkpoints.mu held, never the
 // other way round.
 //
-// fileCache.mu, crcCache.mu, spaceGate.mu, sumCache.mu, liveTable.mu, parked.mu, storeWaits.mu, conds.mu, claims.mu, users.mu, diskRoom.mu are
+// fileCache.mu, crcCache.mu, spaceGate.mu, sumCache.mu, liveTable.mu, parked.mu, storeWaits.mu, lostObjects.mu, conds.mu, claims.mu, users.mu, diskRoom.mu are
 // leaves. Nothing waits for a disk, a store or the pool while it holds gate, except
 // the end of a rollback, when no front end has the volume.
 //
@@ -99,7 +99,7 @@
 // Per volume, only while there is work: ioLoop (spill, sync, seal), upload,
 // admit (writes that wait for room), housekeep (checkpoint, publish, scrub), while
 // it scrubs one that gives back, one that reads map pages ahead, one that asks for what
-// the store has lost, and one per request that waits. An idle volume has none.
+// the store has lost, one that stores that anew, and one per request that waits. An idle volume has none.
 //
 // # Failure
 //

@@ -232,6 +232,13 @@ func (v *Volume) DropLocalCopies() {
 	}
 }
 
+// PuttingLost says that the volume is not done with what the store was said to have lost.
+func (v *Volume) PuttingLost() bool {
+	v.again.mu.Lock()
+	defer v.again.mu.Unlock()
+	return v.again.busy
+}
+
 func (v *Volume) SpillNow() { v.kickSpill() }
 
 // MapEverything makes the map say that every cluster is mapped, to SCOs that do

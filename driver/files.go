@@ -30,6 +30,7 @@ type scoMeta struct {
 	unwanted bool // the root that is published next does not need it: no upload
 	doomed   bool // a root without it is in the store: it has only to be deleted
 	dropping bool // its deletion has begun
+	lost     bool // the store is said to have lost it: the local copy stays
 	lastRead int64
 
 	compact *compacted // nil unless it is compacted

@@ -296,7 +296,7 @@ func (v *Volume) compactCheckpoints(ctx context.Context) {
 	}
 }
 
-// coldest is the uploaded SCO with a local copy that was not read for longest, and when
+// coldest is the SCO with a local copy, and one in the store, that was not read for longest, and when
 // it was last read, which readers go on changing.
 func (v *Volume) coldest() (best *scoMeta, lastRead int64) {
 	v.metaMu.Lock()
@@ -307,7 +307,7 @@ func (v *Volume) coldest() (best *scoMeta, lastRead int64) {
 		}
 	}
 	for _, m := range v.scos {
-		if m.local && m.uploaded && (best == nil || m.lastRead < best.lastRead) {
+		if m.local && m.uploaded && !m.lost && (best == nil || m.lastRead < best.lastRead) {
 			best = m
 		}
 	}

@@ -62,6 +62,16 @@ type DiskSharer interface {
 	DiskBytes(ctx context.Context, ns string, size int64) (int64, error)
 }
 
+// LostPutter is a Store that can lose objects and be given them again.
+type LostPutter interface {
+	// PutLost stores an object anew for whose reads ErrLost is the answer, whole or not at
+	// all, with the contents that it had: until it is durable readers get what they got.
+	// It does nothing if the object can be read. ErrLost, with the reason, if it is lost but
+	// can't be stored now; ErrNoObject if there is none; ErrExists if what can be read of it
+	// differs from obj; ErrStaleEpoch as for Put.
+	PutLost(ctx context.Context, ns, name string, epoch uint64, obj Object) error
+}
+
 // Errors of a Store.
 var (
 	ErrStaleEpoch = errors.New("stale epoch: another owner has taken the volume")

@@ -85,6 +85,7 @@ type Volume struct {
 	aheadBusy  atomic.Bool // readMapAhead works
 	storeWaits storeWaits
 	lost       lostData
+	again      lostObjects
 
 	users      users          // who is inside without a request
 	background sync.WaitGroup // goroutines of this volume

@@ -43,6 +43,7 @@ const NoShard = -1
 type Fault struct {
 	Namespace string
 	Object    string
+	Upload    alba.ID // whose shard it is; zero: of whichever is there
 	Shard     int
 	Device    string
 	Reason    string

@@ -109,6 +109,11 @@ func (p *Proxy) attempt(ctx context.Context, n namespace, name string, epoch uin
 	if err != nil {
 		return err
 	}
+	return u.store(ctx, src)
+}
+
+// store sends the source and commits, or abandons the upload.
+func (u *upload) store(ctx context.Context, src *Source) error {
 	done, err := u.adopt(ctx, src)
 	if err == nil && !done {
 		err = u.run(ctx, src.Data, src.Size)
@@ -457,7 +462,7 @@ func (u *upload) finish() {
 func (u *upload) reportMissing(m *alba.Manifest) {
 	for i, id := range m.Shards {
 		if id == "" {
-			u.p.opts.Report(Fault{Namespace: m.Namespace, Object: m.Object, Shard: i, Reason: "was not written with the others"})
+			u.p.opts.Report(Fault{Namespace: m.Namespace, Object: m.Object, Upload: m.Upload, Shard: i, Reason: "was not written with the others"})
 		}
 	}
 }

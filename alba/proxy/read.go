@@ -74,7 +74,7 @@ func (p *Proxy) readEntry(ctx context.Context, e *entry, b []byte, off int64) er
 // fault counts and reports a bad shard.
 func (p *Proxy) fault(e *entry, shard int, reason string) {
 	p.counters.Faults.Add(1)
-	f := Fault{Namespace: e.m.Namespace, Object: e.m.Object, Shard: shard, Device: e.m.Shards[shard], Reason: reason}
+	f := Fault{Namespace: e.m.Namespace, Object: e.m.Object, Upload: e.m.Upload, Shard: shard, Device: e.m.Shards[shard], Reason: reason}
 	p.opts.Log.Error().Str("namespace", f.Namespace).Str("object", f.Object).Int("shard", shard).Str("asd", f.Device).
 		Str("reason", reason).Msg("bad fragment; reading from others and repairing it")
 	p.opts.Report(f)

@@ -2,6 +2,8 @@ package proxy
 
 import (
 	"context"
+	"errors"
+	"fmt"
 
 	"scoria/alba/asd"
 )
@@ -40,6 +42,60 @@ func (p *Proxy) restore(ctx context.Context, ns, name string, throttle func(cont
 	}
 	p.sweepTrash(ctx, n.ID, e.m.Upload)
 	return nil
+}
+
+// PutLost stores an object anew that is lost (ErrLost), with the contents that it had, under its
+// namespace's preset, and removes what is left of it; readers see the one or the other. It does
+// nothing if the object can be read. ErrLost, with the reason, if it is lost but can't be
+// stored now; ErrNoObject if there is none; ErrExists if what can be read of it differs;
+// ErrStaleEpoch as Put. It reads src more than once.
+func (p *Proxy) PutLost(ctx context.Context, ns, name string, epoch uint64, src Source) error {
+	err := p.check(ctx, ns, name)
+	if err == nil {
+		err = p.putLost(ctx, ns, name, epoch, &src)
+	}
+	return opError("put what is lost of", ns, name, err)
+}
+
+func (p *Proxy) putLost(ctx context.Context, ns, name string, epoch uint64, src *Source) error {
+	var last error
+	for range attempts {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		n, err := p.owned(ctx, ns, epoch)
+		if err != nil {
+			return err
+		}
+		e, err := p.loadEntry(ctx, n, name)
+		if err != nil {
+			return err
+		}
+		same, err := p.equalContents(ctx, e, src.Data, src.Size)
+		if err == nil && !same {
+			return ErrExists
+		}
+		if !errors.Is(err, ErrLost) {
+			return err
+		}
+		lost := err
+		u, err := p.begin(ctx, n, name, epoch, src.Size, e)
+		if err == nil {
+			err = u.store(ctx, src)
+		}
+		if err == nil {
+			p.sweepTrash(ctx, n.ID, e.m.Upload)
+			p.opts.Log.Warn().Str("namespace", ns).Str("object", name).Msg("object was lost, and is stored anew by who still had it")
+			return nil
+		}
+		if errors.Is(err, ErrStaleEpoch) || errors.Is(err, ErrNoNamespace) {
+			return err
+		}
+		if last = fmt.Errorf("%w; it can't be stored anew: %w", lost, err); !errors.Is(err, errAgain) {
+			return last
+		}
+	}
+	return fmt.Errorf("%w: %w", ErrBusy, last)
 }
 
 // entryReader reads an object as the source of an upload.

@@ -306,8 +306,8 @@ func (m *Maintainer) survey(ctx context.Context, faults []proxy.Fault, all bool)
 		report.Objects++
 		t := task{namespace: man.Namespace, object: man.Object, Assessment: Assess(man, m.condition)}
 		for _, f := range bad[[2]string{man.Namespace, man.Object}] {
-			// A shard that has moved since is another one.
-			if f.Shard != proxy.NoShard && f.Shard < len(man.Shards) && man.Shards[f.Shard] == f.Device && f.Device != "" {
+			// A shard that has moved since is another one, as is that of a later upload.
+			if (f.Upload == alba.ID{} || f.Upload == man.Upload) && f.Shard != proxy.NoShard && f.Shard < len(man.Shards) && man.Shards[f.Shard] == f.Device && f.Device != "" {
 				if t.bad == nil {
 					t.bad = map[int]bool{}
 				}

@@ -107,7 +107,7 @@ func (m *Maintainer) reportShard(ctx context.Context, ns, upload alba.ID, shard 
 	_ = alba.Each(ctx, m.reg, alba.ObjectKey(ns, ""), func(kv alba.KV) error { // what fails is found again next time
 		man, err := alba.DecodeManifest(kv.Value)
 		if err == nil && man.Upload == upload && shard < len(man.Shards) && man.Shards[shard] == device {
-			m.o.Faults.Add(proxy.Fault{Namespace: man.Namespace, Object: man.Object, Shard: shard, Device: device})
+			m.o.Faults.Add(proxy.Fault{Namespace: man.Namespace, Object: man.Object, Upload: man.Upload, Shard: shard, Device: device})
 			m.wake(JobRepair)
 		}
 		return nil

@@ -24,6 +24,7 @@ type AlbaStore struct {
 var _ interface {
 	driver.Store
 	driver.DiskSharer
+	driver.LostPutter
 } = AlbaStore{}
 
 // storeError adds the driver's error to the object store's of the same meaning.
@@ -65,6 +66,11 @@ func (s AlbaStore) Fence(ctx context.Context, ns string, epoch uint64) error {
 // Put implements driver.Store.
 func (s AlbaStore) Put(ctx context.Context, ns, name string, epoch uint64, obj driver.Object) error {
 	return storeError(s.Proxy.PutSource(ctx, ns, name, epoch, proxy.Source(obj)))
+}
+
+// PutLost implements driver.LostPutter.
+func (s AlbaStore) PutLost(ctx context.Context, ns, name string, epoch uint64, obj driver.Object) error {
+	return storeError(s.Proxy.PutLost(ctx, ns, name, epoch, proxy.Source(obj)))
 }
 
 // ReadAt implements driver.Store.

@@ -47,6 +47,8 @@ func newFakeEngine() *fakeEngine {
 	}
 }
 
+func (e *fakeEngine) LostInStore(string, string) {}
+
 func (e *fakeEngine) GuestWaits() driver.GuestWaits { return driver.GuestWaits{} }
 
 func (e *fakeEngine) call(ctx context.Context, method string, c driver.VolumeConfig) error {

@@ -383,7 +383,10 @@ func (c *recordCopier) forget(key string) {
 func (h *Host) copyRecords(ctx context.Context) (stop func() error) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	c := newRecordCopier(h.reg, h.id.ID, h.volumes.storeOf, h.log)
-	notRepaired := c.notRepaired
+	notRepaired := func(namespace, object string) {
+		c.notRepaired(namespace, object)
+		h.engine.LostInStore(namespace, object)
+	}
 	h.objects.notRepaired.Store(&notRepaired)
 	done := make(chan struct{})
 	go func() {

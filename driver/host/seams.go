@@ -27,6 +27,8 @@ type Engine interface {
 	Close(ctx context.Context) error
 	// GuestWaits is what guests of all open volumes wait for.
 	GuestWaits() driver.GuestWaits
+	// LostInStore tells an open volume that the store can't repair one of its objects.
+	LostInStore(namespace, object string)
 	// Drained says, after Close, that the write buffer holds nothing any more.
 	Drained() bool
 }

@@ -115,6 +115,30 @@ func (s *Store) Spoil(ctx context.Context, ns, name string, off int64) error {
 	return err
 }
 
+// Lose takes all fragments of an object from the storage daemons: it is lost for good.
+func (s *Store) Lose(ctx context.Context, ns, name string) error {
+	m, err := s.manifest(ctx, ns, name)
+	if err != nil {
+		return err
+	}
+	for shard, id := range m.Shards {
+		if id == "" {
+			continue
+		}
+		c, err := s.Proxy.Fleet().Member(id).Client(ctx)
+		if err != nil {
+			return err
+		}
+		for chunk := range m.Layout().Chunks() {
+			key := alba.FragmentKey(m.NamespaceID, m.Upload, shard, chunk)
+			if err := c.Apply(ctx, nil, []asd.Update{asd.Delete(key)}, asd.PriorityRepair); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // Verify reads everything that the storage daemons have and returns how many problems
 // it found. As far as that is possible they are repaired when it returns, and what reads
 // met before.

@@ -1,0 +1,157 @@
+package repair_test
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"sync"
+	"testing"
+
+	"scoria/alba"
+	"scoria/alba/albatest"
+	"scoria/alba/proxy"
+)
+
+// lose drops all fragments of an object behind everybody's back, and returns what it had.
+func (r *rig) lose(name string) []byte {
+	r.t.Helper()
+	m := r.manifest(name)
+	prefix := alba.FragmentPrefix + m.NamespaceID.String() + "/" + m.Upload.String() + "/"
+	for _, d := range r.Disks {
+		for _, key := range d.Keys(r.t) {
+			if strings.HasPrefix(key, prefix) {
+				d.Drop(r.t, key)
+			}
+		}
+	}
+	b := r.objects[name]
+	if err := r.p.ReadAt(r.t.Context(), ns, name, make([]byte, len(b)), 0); !errors.Is(err, proxy.ErrLost) {
+		r.t.Fatalf("not lost: %v", err)
+	}
+	return b
+}
+
+func (r *rig) putLost(p *proxy.Proxy, name string, epoch uint64, b []byte) error {
+	return p.PutLost(r.t.Context(), ns, name, epoch, proxy.Source{Data: bytes.NewReader(b), Size: int64(len(b))})
+}
+
+// TestPutLost: who still has the contents of an object that is lost stores it anew; nothing else
+// can be changed that way, and not by a stale owner.
+func TestPutLost(t *testing.T) {
+	r := newRig(t, 3, albatest.Preset(alba.Policy{K: 2, M: 1, C: 3, X: 1}), nil)
+	r.put("o", 300_000)
+	r.put("whole", 300_000)
+	upload := r.manifest("whole").Upload
+	must(t, r.putLost(r.p, "whole", 1, r.objects["whole"]))
+	if err := r.putLost(r.p, "whole", 1, r.objects["o"]); !errors.Is(err, proxy.ErrExists) {
+		t.Fatalf("others in place of what can be read: %v", err)
+	}
+	if r.manifest("whole").Upload != upload {
+		t.Fatal("what can be read was stored anew")
+	}
+	if err := r.putLost(r.p, "none", 1, r.objects["o"]); !errors.Is(err, proxy.ErrNoObject) {
+		t.Fatalf("no object: %v", err)
+	}
+	b := r.lose("o")
+	if err := r.putLost(r.p, "o", 1, b[:1000]); !errors.Is(err, proxy.ErrExists) {
+		t.Fatalf("others of another size: %v", err)
+	}
+	must(t, r.p.Fence(t.Context(), ns, 2))
+	if err := r.putLost(r.p, "o", 1, b); !errors.Is(err, proxy.ErrStaleEpoch) {
+		t.Fatalf("a stale owner: %v", err)
+	}
+	must(t, r.putLost(r.p, "o", 2, b))
+	r.settle()
+	r.expectAll(r.p)
+	r.expectSafe(1)
+	r.expectClean()
+}
+
+// TestPutLostAtTheCommit: an owner that is fenced, or an object that is deleted, right before
+// the commit is seen by it.
+func TestPutLostAtTheCommit(t *testing.T) {
+	for what, want := range map[string]error{"fenced": proxy.ErrStaleEpoch, "deleted": proxy.ErrNoObject} {
+		t.Run(what, func(t *testing.T) {
+			r := newRig(t, 3, albatest.Preset(alba.Policy{K: 2, M: 1, C: 3, X: 1}), nil)
+			r.put("o", 300_000)
+			b, by := r.lose("o"), r.another()
+			called := r.onCommit(alba.ObjectPrefix, func([]byte) {
+				if what == "fenced" {
+					must(t, by.Fence(t.Context(), ns, 2))
+				} else {
+					must(t, by.Delete(t.Context(), ns, "o", 1))
+				}
+			})
+			if err := r.putLost(r.p, "o", 1, b); !errors.Is(err, want) || !called.Load() {
+				t.Fatalf("%s, called %v: %v", what, called.Load(), err)
+			}
+			if what == "deleted" {
+				delete(r.objects, "o")
+			} else {
+				must(t, r.putLost(by, "o", 2, b))
+			}
+			r.settle()
+			r.expectAll(by)
+			r.expectClean()
+		})
+	}
+}
+
+// TestPutLostDied: a daemon that dies at any commit of it leaves the object lost or whole,
+// and the next one stores it.
+func TestPutLostDied(t *testing.T) {
+	died := errors.New("died")
+	ps := albatest.Preset(alba.Policy{K: 2, M: 1, C: 3, X: 1})
+	for at := 1; ; at++ {
+		r := newRig(t, 4, ps, nil)
+		r.put("o", 100_000)
+		b := r.lose("o")
+		var mu sync.Mutex
+		n := 0
+		r.Reg.SetHook(func([]alba.Write) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if n++; n >= at {
+				return died
+			}
+			return nil
+		})
+		err := r.putLost(r.p, "o", 1, b)
+		mu.Lock()
+		over := n < at
+		mu.Unlock()
+		r.p.Close()
+		r.Reg.SetHook(nil)
+		r.p = r.Proxy(t, ps, nil)
+		r.m = r.maintainer(r.p, nil)
+		got := make([]byte, len(b))
+		if rerr := r.p.ReadAt(t.Context(), ns, "o", got, 0); rerr != nil && (err == nil || !errors.Is(rerr, proxy.ErrLost)) {
+			t.Fatalf("died at commit %d: put %v, then read: %v", at, err, rerr)
+		}
+		must(t, r.putLost(r.p, "o", 1, b))
+		r.settle()
+		r.expectAll(r.p)
+		r.expectSafe(1)
+		r.expectClean()
+		if over {
+			must(t, err)
+			return
+		}
+	}
+}
+
+// TestPutLostWithoutRoom: that there is no place for what is lost says that it is lost, so that
+// who has it keeps it.
+func TestPutLostWithoutRoom(t *testing.T) {
+	r := newRig(t, 3, albatest.Preset(alba.Policy{K: 2, M: 1, C: 3, X: 1}), nil)
+	r.put("o", 300_000)
+	b := r.lose("o")
+	must(t, r.p.SetDeviceState(t.Context(), r.Disks[0].ID, alba.DeviceRemoved))
+	if err := r.putLost(r.p, "o", 1, b); !errors.Is(err, proxy.ErrLost) {
+		t.Fatalf("too few devices: %v", err)
+	}
+	_, err := r.p.AddDevice(t.Context(), r.Record(r.NewDisk()))
+	must(t, err)
+	must(t, r.putLost(r.p, "o", 1, b))
+	r.expectAll(r.p)
+}

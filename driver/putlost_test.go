@@ -1,0 +1,153 @@
+package driver_test
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"testing"
+
+	"scoria/driver"
+	"scoria/driver/host/objecttest"
+)
+
+// forgetful is an object store that has no place for what it has lost while it is told so.
+type forgetful struct {
+	*objecttest.Store
+	mu   sync.Mutex
+	full bool
+}
+
+func (f *forgetful) refuse(full bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.full = full
+}
+
+func (f *forgetful) PutLost(ctx context.Context, ns, name string, epoch uint64, obj driver.Object) error {
+	f.mu.Lock()
+	full := f.full
+	f.mu.Unlock()
+	if full {
+		return driver.ErrLost
+	}
+	return f.Store.PutLost(ctx, ns, name, epoch, obj)
+}
+
+// lostRig is a volume with a snapshot, all in an object store, that does nothing by itself.
+func lostRig(t *testing.T) (*rig, *forgetful) {
+	r := newStillRig(t, objects, rand.New(rand.NewPCG(4, 6)), 1024, 8)
+	f := &forgetful{}
+	r.wrap = func(opened driver.Store) driver.Store {
+		f.Store = opened.(*objecttest.Store)
+		return f
+	}
+	r.create()
+	r.over(0, 1024)
+	r.snap("s")
+	r.over(256, 256)
+	for did := true; did; {
+		var err error
+		did, err = r.vol.Publish(context.Background())
+		r.must(err)
+	}
+	return r, f
+}
+
+// lost lists the objects that the store has lost.
+func (r *rig) lost() (names []string) {
+	r.t.Helper()
+	ctx, ns := context.Background(), r.cfg.ID.String()
+	for _, name := range r.objects() {
+		size, err := r.cfg.Store.Size(ctx, ns, name)
+		r.must(err)
+		if err = r.cfg.Store.ReadAt(ctx, ns, name, make([]byte, size), 0); errors.Is(err, driver.ErrLost) {
+			names = append(names, name)
+			continue
+		}
+		r.must(err)
+	}
+	return names
+}
+
+// lose has the store lose all objects with these prefixes, and returns which.
+func (r *rig) lose(f *forgetful, prefixes ...string) []string {
+	r.t.Helper()
+	for _, p := range prefixes {
+		names := r.stored(p)
+		if len(names) == 0 {
+			r.t.Fatalf("nothing in the store begins with %q", p)
+		}
+		for _, name := range names {
+			r.must(f.Lose(context.Background(), r.cfg.ID.String(), name))
+		}
+	}
+	return r.lost()
+}
+
+func (r *rig) storedAnew() {
+	r.t.Helper()
+	eventually(r.t, "what is lost is stored anew", func() bool { return !r.vol.PuttingLost() })
+}
+
+// TestP5LostInStore: what the store has lost, SCOs, pages of the map and its root, is stored
+// anew from the local disk when the store says so, or when a check finds it; with the
+// local copies gone everything can be read after that, also by the next opening.
+func TestP5LostInStore(t *testing.T) {
+	_ = objects
+	for how, find := range map[string]func(r *rig, names []string){
+		"told": func(r *rig, names []string) {
+			for _, name := range names {
+				r.eng.LostInStore("another", name)
+				r.eng.LostInStore(r.cfg.ID.String(), name)
+			}
+		},
+		"checked": func(r *rig, _ []string) {
+			rep, err := r.vol.Check(context.Background(), nil)
+			r.must(err)
+			if len(rep.Problems) == 0 {
+				r.t.Fatal("a check finds nothing")
+			}
+		},
+	} {
+		t.Run(how, func(t *testing.T) {
+			r, f := lostRig(t)
+			lost := r.lose(f, "sco-", "pages-", "root-")
+			find(r, lost)
+			r.storedAnew()
+			if left := r.lost(); len(left) > 0 || len(lost) < 6 {
+				t.Fatalf("still lost are %q of %q", left, lost)
+			}
+			r.vol.DropLocalCopies()
+			r.eng.ForgetRAM()
+			r.eng.ForgetClusters()
+			r.must(r.read(0, 1024))
+			r.close()
+			r.reopen()
+			r.must(r.read(0, 1024))
+			r.close()
+		})
+	}
+}
+
+// TestP5LostCopyStays: the local copy of what the store has lost is not given up for room while
+// the store has no place for it.
+func TestP5LostCopyStays(t *testing.T) {
+	_ = objects
+	r, f := lostRig(t)
+	f.refuse(true)
+	for _, name := range r.lose(f, "sco-") {
+		r.eng.LostInStore(r.cfg.ID.String(), name)
+	}
+	r.vol.DropLocalCopies()
+	f.refuse(false)
+	r.storedAnew()
+	if left := r.lost(); len(left) > 0 {
+		t.Fatalf("still lost are %q", left)
+	}
+	r.vol.DropLocalCopies()
+	r.eng.ForgetRAM()
+	r.eng.ForgetClusters()
+	r.must(r.read(0, 1024))
+	r.close()
+}
