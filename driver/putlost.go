@@ -131,7 +131,7 @@ func (v *Volume) putLostObjects() {
 			if v.ckpt.work.Err() != nil {
 				break
 			}
-			if errors.Is(err, ErrLost) {
+			if !settlesLost(err) {
 				v.log.Debug().Err(err).Str("object", name).Msg("what the store has lost can't be stored anew yet")
 				left++
 				continue
@@ -151,8 +151,15 @@ func (v *Volume) putLostObjects() {
 	}
 }
 
-// putLost stores an object anew, if it is lost and the local disk has it. With ErrLost it has to
-// be tried again; other errors leave it to whoever finds again that it is lost.
+// settlesLost says whether an attempt to store what is lost was the last one: it was stored,
+// is no longer wanted, or is not this volume's any more. After anything else, an outage for
+// one, the local copy is still needed.
+func settlesLost(err error) bool {
+	return err == nil || errors.Is(err, ErrExists) || errors.Is(err, ErrNoObject) || errors.Is(err, ErrStaleEpoch)
+}
+
+// putLost stores an object anew, if it is lost and the local disk has it. See settlesLost for
+// its errors.
 func (v *Volume) putLost(ctx context.Context, name string) error {
 	if m := v.scoOf(name); m != nil {
 		return v.putLostSCO(ctx, m)
