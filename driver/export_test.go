@@ -315,6 +315,10 @@ func (v *Volume) SpaceState() string {
 		b, s.sealed.Load(), s.unsealed.Load(), s.dead.Load(), s.held.Load(), s.tight.Load(), s.stuck, s.ceiling, s.steps)
 }
 
+// Tighten has the scrubber of a volume whose housekeeping stands still work as if guests
+// were slow for want of space.
+func (v *Volume) Tighten() { v.space.tight.Store(true) }
+
 // ScrubTurn lets the scrubber have one turn, and reports whether nothing is left for it.
 func (v *Volume) ScrubTurn(ctx context.Context) bool {
 	v.house.Lock()

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"slices"
 
 	"scoria/driver/block"
@@ -17,60 +16,6 @@ import (
 // nobody waits for any more can't be taken for a later one. The table of the newest
 // root says which one counts. Another is there only around a crash, or until the root
 // that names its successor is in the store.
-
-// copies is where a generation of a SCO lies.
-type copies struct{ local, uploaded bool }
-
-// see notes that a generation is there.
-func (inv *inventory) see(n uint64, generation uint32, c copies) {
-	inv.highest = max(inv.highest, n)
-	if generation == 0 {
-		if c.local {
-			inv.local[n] = true
-		}
-		if c.uploaded {
-			inv.uploaded[n] = true
-		}
-		return
-	}
-	if inv.compacted[n] == nil {
-		inv.compacted[n] = map[uint32]copies{}
-	}
-	was := inv.compacted[n][generation]
-	inv.compacted[n][generation] = copies{was.local || c.local, was.uploaded || c.uploaded}
-}
-
-// at is where a generation lies.
-func (inv *inventory) at(n uint64, generation uint32) copies {
-	if generation > 0 {
-		return inv.compacted[n][generation]
-	}
-	return copies{inv.local[n], inv.uploaded[n]}
-}
-
-// generations lists those of a SCO that are there, the newest first.
-func (inv *inventory) generations(n uint64) []uint32 {
-	out := slices.Sorted(maps.Keys(inv.compacted[n]))
-	slices.Reverse(out)
-	if inv.local[n] || inv.uploaded[n] {
-		out = append(out, 0)
-	}
-	return out
-}
-
-// numbers lists the SCOs of which there is anything, ascending.
-func (inv *inventory) numbers() []uint64 {
-	set := map[uint64]bool{}
-	maps.Copy(set, inv.local)
-	maps.Copy(set, inv.uploaded)
-	for n := range inv.chunks {
-		set[n] = true
-	}
-	for n := range inv.compacted {
-		set[n] = true
-	}
-	return slices.Sorted(maps.Keys(set))
-}
 
 // settleGeneration decides which generation of a SCO of the table counts: the one
 // that the root with that sequence number names. If that is lost, an older one has

@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"syscall"
 	"time"
 )
 
@@ -16,7 +17,7 @@ type giveBack struct {
 	running bool
 	ended   chan error
 	leave   chan struct{} // closed when nobody waits for uploads any more
-	late    bool          // uploads take longer than an attempt waits
+	late    bool          // uploads, or the disk, take longer than an attempt waits
 	failed  error         // why nothing can be given back
 	forced  uint64        // steps of spaceGate at the last force, and one
 }
@@ -25,6 +26,7 @@ var (
 	errChecked   = errors.New("a check of the volume is under way")
 	errNotStored = errors.New("SCOs are still on their way to the store")
 	errPutOff    = errors.New("the log is written out first")
+	errNotTaken  = errors.New("the disk has no room for a checkpoint")
 )
 
 func (v *Volume) newGiveBack(ctx context.Context) *giveBack {
@@ -85,9 +87,10 @@ func (g *giveBack) finish() {
 
 func (g *giveBack) done(err error) {
 	g.running = false
+	g.v.space.untaken.Store(errors.Is(err, errNotTaken))
 	switch {
 	case err == nil, g.ctx.Err() != nil, errors.Is(err, errPutOff), errors.Is(err, errNoRoom):
-	case errors.Is(err, errNotStored):
+	case errors.Is(err, errNotStored), errors.Is(err, errNotTaken):
 		g.late = true
 	default:
 		g.failed = err
@@ -118,12 +121,24 @@ func (g *giveBack) run(anything bool) error {
 	case errors.Is(err, errNoRoom):
 		_ = v.awaitPool(g.ctx)
 		return err
+	case errors.Is(err, errLogBehind), errors.Is(err, syscall.ENOSPC):
+		g.pause(behindPause) // it would fail again at once
+		return errNotTaken
 	case err != nil:
 		return err
 	case v.ckpt.idle():
 		return nil // nothing was logged since the last one
 	}
 	return g.publish()
+}
+
+// pause waits, unless there is no time.
+func (g *giveBack) pause(d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-g.leave:
+	case <-g.ctx.Done():
+	}
 }
 
 // publishWait is how long an attempt waits for uploads. An outage of the store may

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -8,6 +9,118 @@ import (
 
 	"scoria/alba/vfs"
 )
+
+const (
+	rootPrefix  = "root-"
+	snapPrefix  = "snap-"
+	pagesPrefix = "pages-"
+	scoPrefix   = "sco-"
+)
+
+func snapName(seq uint64) string          { return fmt.Sprintf("%s%016x", snapPrefix, seq) }
+func rootName(seq uint64) string          { return fmt.Sprintf("%s%016x", rootPrefix, seq) }
+func pagesName(object uint32) string      { return fmt.Sprintf("%s%08x", pagesPrefix, object) }
+func (v *Volume) mapDir() string          { return v.dir + "/map" }
+func (v *Volume) mapPath(n string) string { return v.mapDir() + "/" + n }
+
+// localFile reads a file that is opened for each access: map pages are read
+// once and then stay in RAM.
+type localFile struct {
+	fs   vfs.FS
+	name string
+}
+
+func (l localFile) ReadAt(p []byte, off int64) (int, error) {
+	f, err := l.fs.Open(l.name, vfs.ReadOnly)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	return f.ReadAt(p, off)
+}
+
+// storeObject reads an object through the store.
+type storeObject struct {
+	ctx context.Context
+	v   *Volume
+	n   string
+}
+
+func (s storeObject) ReadAt(p []byte, off int64) (int, error) {
+	s.v.stats.storeRead.Add(uint64(len(p)))
+	if err := s.v.readObject(s.ctx, s.n, p, off); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// WithContext implements lba.ContextReader.
+func (s storeObject) WithContext(ctx context.Context) io.ReaderAt {
+	s.ctx = ctx
+	return s
+}
+
+// mapFile is a root or page object on the local disk that goes when the store has it,
+// which may be between any two reads: then it is read there.
+type mapFile struct {
+	localFile
+	stored storeObject
+}
+
+func (m mapFile) ReadAt(p []byte, off int64) (int, error) {
+	n, err := m.localFile.ReadAt(p, off)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return n, err
+	}
+	n, serr := m.stored.ReadAt(p, off)
+	if errors.Is(serr, ErrNoObject) || errors.Is(serr, ErrStaleEpoch) {
+		return n, err // there was the local one only
+	}
+	return n, serr
+}
+
+// WithContext implements lba.ContextReader.
+func (m mapFile) WithContext(ctx context.Context) io.ReaderAt {
+	m.stored.ctx = ctx
+	return m
+}
+
+// storeSize is the size of an object in the store.
+func (v *Volume) storeSize(ctx context.Context, name string) (size int64, err error) {
+	err = askStore(ctx, func(ctx context.Context) (err error) {
+		size, err = v.cfg.Store.Size(ctx, v.namespace(), name)
+		return err
+	})
+	return size, err
+}
+
+func (c *checkpoints) openStoredPages(ctx context.Context, object uint32) (io.ReaderAt, int64, error) {
+	size, err := c.v.storeSize(ctx, pagesName(object))
+	if err != nil {
+		return nil, 0, err
+	}
+	return storeObject{ctx, c.v, pagesName(object)}, size, nil
+}
+
+func (c *checkpoints) openPages(ctx context.Context, object uint32) (io.ReaderAt, int64, error) {
+	return c.v.openMapObject(ctx, pagesName(object))
+}
+
+// openMapObject finds a root or page object, on the local disk if it is there.
+func (v *Volume) openMapObject(ctx context.Context, name string) (io.ReaderAt, int64, error) {
+	info, err := v.eng.cfg.FS.Stat(v.mapPath(name))
+	if err == nil {
+		return mapFile{localFile{v.eng.cfg.FS, v.mapPath(name)}, storeObject{ctx, v, name}}, info.Size(), nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, 0, err
+	}
+	size, err := v.storeSize(ctx, name)
+	if err != nil {
+		return nil, 0, fmt.Errorf("%s: %w", name, err)
+	}
+	return storeObject{ctx, v, name}, size, nil
+}
 
 // stageMapFile makes the contents of a map file durable under a temporary name,
 // which nameMapFile changes. It leaves nothing behind if it fails.

@@ -71,6 +71,10 @@ type spaceGate struct {
 	giving  atomic.Bool // a checkpoint that gives space back is under way
 	cramped atomic.Bool // there is less room than guests may want until it has
 
+	// untaken: nothing is given back because the disk takes no checkpoint, which shows
+	// otherwise and passes.
+	untaken atomic.Bool
+
 	rested atomic.Int64 // when housekeep ended last, Unix nanoseconds
 
 	due   atomic.Bool  // the scrubber has something to do
@@ -331,7 +335,7 @@ func (v *Volume) watchSpace(now time.Time) {
 		v.settle("space-bound")
 	}
 	s.mu.Lock()
-	if !s.held.Load() || s.steps != s.seen {
+	if !s.held.Load() || s.steps != s.seen || s.untaken.Load() {
 		s.seen, s.since = s.steps, now
 	}
 	stuck := s.held.Load() && now.Sub(s.since) > slowUpload
