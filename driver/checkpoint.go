@@ -423,8 +423,7 @@ func (c *checkpoints) removeStale() {
 		if keep[n] || !(strings.HasPrefix(n, rootPrefix) || strings.HasPrefix(n, pagesPrefix) || strings.HasPrefix(n, snapPrefix)) {
 			continue
 		}
-		var object uint32
-		if _, err := fmt.Sscanf(n, pagesPrefix+"%08x", &object); err == nil {
+		if object, ok := parsePages(n); ok {
 			c.reader.Forget(object)
 			c.stored.Forget(object)
 		}

@@ -8,12 +8,16 @@ import (
 )
 
 // When to checkpoint: after checkpointMin records if the log has grown by
-// several times what the checkpoint would write, after checkpointMax in any
+// checkpointGrowth times what the checkpoint would write, after checkpointMax in any
 // case. A record stands for a cluster, 2^18 of them for 1 GiB; replaying 2^22
 // takes about a second.
+//
+// Where every page is dirty again each time, as with random writes, the map then takes a
+// sixteenth of what the disk writes, and as much again in a store that does not link it.
 const (
-	checkpointMin = 1 << 18
-	checkpointMax = 1 << 22
+	checkpointMin    = 1 << 18
+	checkpointMax    = 1 << 22
+	checkpointGrowth = 16
 )
 
 // idleSpill is how long a volume rests before its head is written out, idleSeal
@@ -167,13 +171,18 @@ func (v *Volume) housekeep(ctx context.Context, idle time.Duration) {
 // must be even if the last one is not in the store yet: an outage of the store
 // must not make the next start long.
 func (v *Volume) checkpointDue(idle time.Duration) (due, must bool) {
-	since := v.logSince.Load()
-	if since > checkpointMax {
+	due, must = logGrown(v.logSince.Load(), int64(v.m.Stats().DirtyPages))
+	if must {
 		return true, true
 	}
 	u := v.usage()
-	return (since > checkpointMin && since > 4*int64(v.m.Stats().DirtyPages)) ||
-		(idle > idleSeal && (v.unsealedRecords() > 0 || u.retired)) || u.reclaimable(v) || u.dead > 0 && v.eng.room.tight(), false
+	return due || (idle > idleSeal && (v.unsealedRecords() > 0 || u.retired)) || u.reclaimable(v) || u.dead > 0 && v.eng.room.tight(), false
+}
+
+// logGrown is checkpointDue as far as it is for the growth of the log, in records, since
+// the last checkpoint.
+func logGrown(since, dirtyPages int64) (due, must bool) {
+	return since > checkpointMin && since > checkpointGrowth*dirtyPages || since > checkpointMax, since > checkpointMax
 }
 
 // behind reports whether more of the log than a checkpoint should have to write out

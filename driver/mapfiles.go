@@ -6,8 +6,12 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"sync"
 
 	"scoria/alba/vfs"
+	"scoria/driver/block"
+	"scoria/driver/lba"
+	"scoria/driver/sco"
 )
 
 const (
@@ -17,9 +21,16 @@ const (
 	scoPrefix   = "sco-"
 )
 
-func snapName(seq uint64) string          { return fmt.Sprintf("%s%016x", snapPrefix, seq) }
-func rootName(seq uint64) string          { return fmt.Sprintf("%s%016x", rootPrefix, seq) }
-func pagesName(object uint32) string      { return fmt.Sprintf("%s%08x", pagesPrefix, object) }
+func snapName(seq uint64) string     { return fmt.Sprintf("%s%016x", snapPrefix, seq) }
+func rootName(seq uint64) string     { return fmt.Sprintf("%s%016x", rootPrefix, seq) }
+func pagesName(object uint32) string { return fmt.Sprintf("%s%08x", pagesPrefix, object) }
+
+// parsePages returns the number of the page object of that name.
+func parsePages(name string) (object uint32, ok bool) {
+	_, err := fmt.Sscanf(name, pagesPrefix+"%08x", &object)
+	return object, err == nil
+}
+
 func (v *Volume) mapDir() string          { return v.dir + "/map" }
 func (v *Volume) mapPath(n string) string { return v.mapDir() + "/" + n }
 
@@ -123,16 +134,24 @@ func (v *Volume) openMapObject(ctx context.Context, name string) (io.ReaderAt, i
 }
 
 // stageMapFile makes the contents of a map file durable under a temporary name,
-// which nameMapFile changes. It leaves nothing behind if it fails.
+// which nameMapFile changes. It leaves nothing behind if it fails. Page objects, which
+// are whole blocks, are written directly: nobody reads them soon, and the page cache that
+// they would fill costs as much CPU time as all the rest of a checkpoint.
 func (v *Volume) stageMapFile(name string, r io.ReaderAt, size int64) error {
 	fsys := v.eng.cfg.FS
 	tmp := v.mapPath(name) + ".tmp"
-	f, err := fsys.Open(tmp, vfs.Create)
+	flags := vfs.Create
+	if size%block.ClusterSize == 0 {
+		flags |= vfs.Direct
+	}
+	f, err := fsys.Open(tmp, flags)
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
 	err = f.Truncate(0)
-	buf := make([]byte, 1<<20)
+	scratch := mapBuffers.Get().(*[]byte)
+	defer mapBuffers.Put(scratch)
+	buf := *scratch
 	for off := int64(0); off < size && err == nil; {
 		p := buf[:min(int64(len(buf)), size-off)]
 		if _, err = r.ReadAt(p, off); err == nil || errors.Is(err, io.EOF) {
@@ -151,6 +170,27 @@ func (v *Volume) stageMapFile(name string, r io.ReaderAt, size int64) error {
 		return fmt.Errorf("%s: %w", name, err)
 	}
 	return nil
+}
+
+var mapBuffers = sync.Pool{New: func() any {
+	b := aligned(make([]byte, 1<<20))
+	return &b
+}}
+
+// pageObjectSums returns the checksums of an object's blocks (Object.Sums). A header that
+// is damaged does not keep it from the store, where the root that needs it waits for it.
+func (v *Volume) pageObjectSums(r io.ReaderAt, size int64, object uint32) ([]uint32, error) {
+	o, err := lba.OpenPageObject(r, size, v.cfg.ID, object)
+	if err == nil {
+		var sums []uint32
+		if sums, err = o.Sums(r); err == nil {
+			return sums, nil
+		}
+	}
+	if !errors.Is(err, lba.ErrFormat) {
+		return nil, err
+	}
+	return sco.PageSums(r, size)
 }
 
 func (v *Volume) removeStaged(name string) {

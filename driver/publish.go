@@ -164,8 +164,12 @@ func (c *checkpoints) put(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	err = v.cfg.Store.Put(ctx, v.namespace(), name, v.cfg.Epoch,
-		Object{Data: localFile{v.eng.cfg.FS, path}, Size: info.Size(), LocalPath: path})
+	file := localFile{v.eng.cfg.FS, path}
+	obj := Object{Data: file, Size: info.Size(), LocalPath: path}
+	if object, ok := parsePages(name); ok {
+		obj.Sums = func() ([]uint32, error) { return v.pageObjectSums(file, obj.Size, object) }
+	}
+	err = v.cfg.Store.Put(ctx, v.namespace(), name, v.cfg.Epoch, obj)
 	if err == nil {
 		v.stats.uploaded.Add(uint64(info.Size()))
 	}

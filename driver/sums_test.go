@@ -25,6 +25,7 @@ type sumsStore struct {
 	refuse int // so many puts, after their checksums were asked for
 	memory int // SCOs whose checksums came from memory
 	read   int // and those that were read
+	pages  int // objects of map pages
 	wrong  []string
 }
 
@@ -39,7 +40,9 @@ func (s *sumsStore) Put(ctx context.Context, ns, name string, epoch uint64, obj 
 	if err != nil {
 		return err
 	}
-	if s.held() <= before-len(sums) {
+	if strings.HasPrefix(name, "pages-") {
+		s.pages++
+	} else if s.held() <= before-len(sums) {
 		s.memory++
 	} else {
 		s.read++
@@ -82,8 +85,8 @@ func (r *rig) writeFaulty(first, n uint64) {
 	}
 }
 
-// TestP5SumsOfASCOMatchItsFile: the checksums that go to the store with a SCO are those of
-// its pages, whether they come from memory or are read: with SCOs that are full, that were
+// TestP5SumsOfASCOMatchItsFile: the checksums that go to the store with a SCO, or with an
+// object of map pages, are those of its pages, whether they come from memory or are read: with SCOs that are full, that were
 // closed early, that hold clusters nobody filled, whose first upload failed, and that a
 // daemon found that was killed before.
 func TestP5SumsOfASCOMatchItsFile(t *testing.T) { overStores(t, testP5SumsOfASCOMatchItsFile) }
@@ -102,6 +105,8 @@ func testP5SumsOfASCOMatchItsFile(t *testing.T, k storeKind) {
 		if !r.vol.WaitSealed() {
 			t.Fatal("not everything was uploaded")
 		}
+		_, err := r.vol.Publish(context.Background())
+		r.must(err)
 	}
 	counts := func(what string, memory, read int) {
 		s.mu.Lock()
@@ -140,6 +145,9 @@ func testP5SumsOfASCOMatchItsFile(t *testing.T, k storeKind) {
 		t.Errorf("%d sums are kept although all is uploaded", held)
 	}
 	s.mu.Lock()
+	if s.pages == 0 {
+		t.Error("no object of map pages came with its sums")
+	}
 	if len(s.wrong) > 0 {
 		t.Error(strings.Join(s.wrong, "\n"))
 	}

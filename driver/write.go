@@ -31,8 +31,8 @@ func (v *Volume) submitWrites(batch []*block.Request) {
 	v.gate.RLock()
 	info := v.info.Load() // the size shrinks with the gate closed only
 	for i, r := range batch {
-		if i+1 < len(batch) && len(batch[i+1].Segments) > 0 {
-			prefetch(batch[i+1].Segments[0])
+		if i+1 < len(batch) {
+			v.prefetchFor(batch[i+1])
 		}
 		if err := refusal(info, r, unusable); err != nil {
 			v.answer(r, err)
@@ -67,6 +67,15 @@ func (v *Volume) submitWrites(batch []*block.Request) {
 		v.charge(inlined)
 	}
 	v.stats.ops[block.OpWrite].add(uint64(len(batch)), bytes)
+}
+
+// prefetchFor has the CPU fetch what the next write needs while this one is copied: its
+// data and its place in the map.
+func (v *Volume) prefetchFor(next *block.Request) {
+	v.m.Prefetch(next.Offset / block.ClusterSize)
+	if len(next.Segments) > 0 {
+		prefetch(next.Segments[0])
+	}
 }
 
 // resident reports whether the map knows about those clusters without I/O. The

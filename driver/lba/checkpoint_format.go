@@ -1,6 +1,7 @@
 package lba
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -226,6 +227,26 @@ func (o *PageObject) Pages() int { return len(o.index) / pageIndexBytes }
 // Leaf returns the leaf whose page has that index, which is below Pages.
 func (o *PageObject) Leaf(index uint32) uint64 {
 	return uint64(le.Uint32(o.index[index*pageIndexBytes:]))
+}
+
+// Sums returns the CRC32C of each PageBytes of the object, header and pages, without
+// reading the pages: the verified index has theirs. r reads the object.
+func (o *PageObject) Sums(r io.ReaderAt) ([]uint32, error) {
+	header := make([]byte, pageObjectHeader(o.Pages()))
+	if err := readFull(r, header, 0); err != nil {
+		return nil, fmt.Errorf("sums of map page object %d: %w", o.object, err)
+	}
+	if !bytes.Equal(header[pageHeaderBytes:][:len(o.index)], o.index) {
+		return nil, fmt.Errorf("sums of map page object %d: index has changed: %w", o.object, ErrChecksum)
+	}
+	sums := make([]uint32, 0, len(header)/PageBytes+o.Pages())
+	for ; len(header) > 0; header = header[PageBytes:] {
+		sums = append(sums, crc32.Checksum(header[:PageBytes], castagnoli))
+	}
+	for i := range o.Pages() {
+		sums = append(sums, le.Uint32(o.index[i*pageIndexBytes+4:]))
+	}
+	return sums, nil
 }
 
 // ReadPage fills page, PageBytes long, from r, which reads the object, and

@@ -132,6 +132,37 @@ func TestPageObject(t *testing.T) {
 	}
 }
 
+// TestPageObjectSums: the sums of an object's pages are those of its bytes, and all that is
+// read for them is the header; one that has changed since it was opened is refused.
+func TestPageObjectSums(t *testing.T) {
+	const headerPages = 2
+	leaves := make([]uint64, 600)
+	for i := range leaves {
+		leaves[i] = uint64(2 * i)
+	}
+	all := testObject(t, 9, leaves...)
+	o, err := OpenPageObject(bytes.NewReader(all), int64(len(all)), testVolume, 9)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sums, err := o.Sums(bytes.NewReader(all[:headerPages*PageBytes]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(sums)*PageBytes != len(all) {
+		t.Fatalf("%d sums for %d bytes", len(sums), len(all))
+	}
+	for i, sum := range sums {
+		if want := crc32.Checksum(all[i*PageBytes:][:PageBytes], castagnoli); sum != want {
+			t.Errorf("page %d: sum %08x, its bytes have %08x", i, sum, want)
+		}
+	}
+	all[pageHeaderBytes+5] ^= 1
+	if _, err := o.Sums(bytes.NewReader(all)); !errors.Is(err, ErrChecksum) {
+		t.Errorf("a header that has changed: %v", err)
+	}
+}
+
 func TestPageObjectOfTheLargestSize(t *testing.T) {
 	b := NewPageObjectBuilder(testVolume)
 	for range 2 { // the second one in the memory of the first

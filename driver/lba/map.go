@@ -92,6 +92,18 @@ func (m *Map) Get(lba uint64) (Location, bool) {
 	}
 }
 
+// Prefetch brings the cluster's slot closer to the CPU, for a Get or Set that follows
+// within microseconds: in a large map it is in no cache, and the way there takes a few
+// hundred nanoseconds. Safe from any goroutine, at any time before Close.
+func (m *Map) Prefetch(lba uint64) {
+	if lba >= m.clusters.Load() {
+		return
+	}
+	if e := m.entry(lba / LeafClusters); e&flagResident != 0 {
+		prefetchLine(e.page() + uintptr(lba%LeafClusters)*8)
+	}
+}
+
 // Set records that the cluster is at loc, unless the map knows a larger, that
 // is newer, location already. It returns the location that became garbage: the
 // one replaced, loc itself if it lost, 0 if there is none. It returns false,

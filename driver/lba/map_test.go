@@ -429,3 +429,20 @@ func TestDiscardOfALeafJustLoaded(t *testing.T) {
 	}
 	checkBooks(t, m)
 }
+
+// TestPrefetchChangesNothing: of what is mapped, was never touched, is not resident or lies
+// behind the end.
+func TestPrefetchChangesNothing(t *testing.T) {
+	m := newMap(t, 3*LeafClusters)
+	set(t, m, 5, MakeLocation(1, 7))
+	before := m.Stats()
+	for _, c := range []uint64{0, 5, LeafClusters, 3*LeafClusters - 1, 3 * LeafClusters, MaxClusters, ^uint64(0)} {
+		m.Prefetch(c)
+	}
+	if m.Stats() != before {
+		t.Errorf("%+v became %+v", before, m.Stats())
+	}
+	if loc, ok := m.Get(5); !ok || loc != MakeLocation(1, 7) {
+		t.Errorf("cluster 5 is at %v, %v", loc, ok)
+	}
+}

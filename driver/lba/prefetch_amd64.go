@@ -1,0 +1,4 @@
+package lba
+
+//go:noescape
+func prefetchLine(addr uintptr)
