@@ -28,7 +28,7 @@ func pagesName(object uint32) string { return fmt.Sprintf("%s%08x", pagesPrefix,
 // parsePages returns the number of the page object of that name.
 func parsePages(name string) (object uint32, ok bool) {
 	_, err := fmt.Sscanf(name, pagesPrefix+"%08x", &object)
-	return object, err == nil
+	return object, err == nil && name == pagesName(object)
 }
 
 func (v *Volume) mapDir() string          { return v.dir + "/map" }

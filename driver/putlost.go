@@ -3,7 +3,6 @@ package driver
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 	"strings"
@@ -186,7 +185,7 @@ func (v *Volume) putLost(ctx context.Context, name string) error {
 
 // soundMapFile returns what verifies a file of the map by its name; nil if it is none.
 func (v *Volume) soundMapFile(name string) func(r io.ReaderAt, size int64) error {
-	switch object, pages := parsePagesName(name); {
+	switch object, pages := parsePages(name); {
 	case pages:
 		return func(r io.ReaderAt, size int64) error { return v.soundPages(object, r, size) }
 	case strings.HasPrefix(name, rootPrefix), strings.HasPrefix(name, snapPrefix):
@@ -235,9 +234,4 @@ func (v *Volume) replaceLost(ctx context.Context, name string, obj Object) error
 		v.fence(err)
 	}
 	return err
-}
-
-func parsePagesName(name string) (object uint32, ok bool) {
-	_, err := fmt.Sscanf(name, pagesPrefix+"%08x", &object)
-	return object, err == nil && name == pagesName(object)
 }
