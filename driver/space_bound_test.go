@@ -84,7 +84,9 @@ func TestP8SpaceBound(t *testing.T) {
 // for the map, passes. It shows as what it is, not as space that is not given back, for
 // which guests would be let beyond their bound; and the space comes back as soon as there
 // is room.
-func TestP8BoundOnAFullDisk(t *testing.T) {
+func TestP8BoundOnAFullDisk(t *testing.T) { overStores(t, testP8BoundOnAFullDisk) }
+
+func testP8BoundOnAFullDisk(t *testing.T, k storeKind) {
 	for _, c := range []struct {
 		name, shown string
 		dir         string // where there is no room
@@ -92,7 +94,7 @@ func TestP8BoundOnAFullDisk(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			const clusters = 1024
 			ctx := context.Background()
-			r := newStillRig(t, directory, rand.New(rand.NewPCG(6, 1)), clusters, 128).create()
+			r := newStillRig(t, k, rand.New(rand.NewPCG(6, 1)), clusters, 128).create()
 			for range 3 {
 				for first := uint64(0); first < clusters; first += 64 {
 					r.must(r.write(first, 64, 0))
