@@ -97,7 +97,6 @@ type Disk struct {
 	failed    chan struct{}  // closed by fail
 	stuck     chan struct{}  // closed when a goroutine of the key-value store is; see kvLogger
 	stuckOnce sync.Once
-	opening   atomic.Bool    // the key-value store is
 	users     sync.WaitGroup // calls under way
 	loops     sync.WaitGroup // committer, remover, sweeper
 
@@ -250,9 +249,9 @@ func (d *Disk) openKV(fresh bool) error {
 	opts.Experimental.CompactionScheduler = compactions
 	opts.EnsureDefaults()
 	d.tableOpts = opts.MakeReaderOptions()
-	d.opening.Store(true)
+	d.access.phase.Store(phaseOpening)
 	db, err := pebble.Open(dir, opts)
-	d.opening.Store(false)
+	d.access.phase.Store(phaseOpen)
 	if err != nil && replay.err != nil {
 		return replay.err
 	}

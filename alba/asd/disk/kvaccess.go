@@ -5,6 +5,7 @@ import (
 	"io"
 	"io/fs"
 	"sync"
+	"sync/atomic"
 
 	"scoria/alba/vfs"
 )
@@ -18,6 +19,10 @@ type kvAccess struct {
 	fs     vfs.FS
 	failed func(error) // told of every sync that fails
 	halt   func(error) // told of what Pebble would panic at; does not return
+	// phase is what Pebble is at. When it has carried its log over it collects what tables
+	// hold, beside the opening, and would not wait for that to end, but panic, if the
+	// opening failed: it isn't told what makes it fail.
+	phase atomic.Int32
 
 	inside  sync.RWMutex // held for reading during each call
 	revoked bool         // guarded by inside
@@ -25,6 +30,13 @@ type kvAccess struct {
 	mu   sync.Mutex // a leaf; guards what follows
 	open map[io.Closer]struct{}
 }
+
+// Phases of a kvAccess.
+const (
+	phaseOpen    = iota // it is open, or has not begun to be
+	phaseOpening        // its log is not carried over yet
+	phaseCarried        // it is opening still
+)
 
 var _ vfs.FS = (*kvAccess)(nil)
 
@@ -56,6 +68,14 @@ func (a *kvAccess) sync(name string, fn func() error) error {
 	err := a.call(fn)
 	if err != nil {
 		a.failed(fmt.Errorf("sync %s: %w", name, err))
+	}
+	return a.needed(err)
+}
+
+// needed passes on whether something was done that an opening needs. Not called inside.
+func (a *kvAccess) needed(err error) error {
+	if err != nil && a.phase.Load() == phaseCarried {
+		a.halt(err)
 	}
 	return err
 }
@@ -93,6 +113,14 @@ func (a *kvAccess) revoke() {
 
 // Open implements vfs.FS.
 func (a *kvAccess) Open(name string, flags vfs.OpenFlag) (vfs.File, error) {
+	f, err := a.openFile(name, flags)
+	if flags&vfs.Create != 0 && !isExist(err) {
+		err = a.needed(err)
+	}
+	return f, err
+}
+
+func (a *kvAccess) openFile(name string, flags vfs.OpenFlag) (vfs.File, error) {
 	a.enter()
 	defer a.leave()
 	f, err := a.fs.Open(name, flags)
@@ -120,7 +148,7 @@ func (a *kvAccess) RemoveAll(name string) error {
 
 // Rename implements vfs.FS.
 func (a *kvAccess) Rename(oldName, newName string) error {
-	return a.call(func() error { return a.fs.Rename(oldName, newName) })
+	return a.needed(a.call(func() error { return a.fs.Rename(oldName, newName) }))
 }
 
 // Link implements vfs.FS.
@@ -129,10 +157,12 @@ func (a *kvAccess) Link(oldName, newName string) error {
 }
 
 // List implements vfs.FS.
-func (a *kvAccess) List(name string) ([]string, error) {
-	a.enter()
-	defer a.leave()
-	return a.fs.List(name)
+func (a *kvAccess) List(name string) (names []string, err error) {
+	err = a.call(func() error {
+		names, err = a.fs.List(name)
+		return err
+	})
+	return names, a.needed(err)
 }
 
 // Stat implements vfs.FS.
@@ -201,25 +231,26 @@ func (f *accessFile) ReadAt(p []byte, off int64) (int, error) {
 	return f.file.ReadAt(p, off)
 }
 
+func (f *accessFile) write(fn func() (int, error)) (n int, err error) {
+	f.access.enter()
+	n, err = fn()
+	f.access.leave()
+	return n, f.access.needed(err)
+}
+
 // WriteAt implements vfs.File.
 func (f *accessFile) WriteAt(p []byte, off int64) (int, error) {
-	f.access.enter()
-	defer f.access.leave()
-	return f.file.WriteAt(p, off)
+	return f.write(func() (int, error) { return f.file.WriteAt(p, off) })
 }
 
 // WriteVecAt implements vfs.File.
 func (f *accessFile) WriteVecAt(bufs [][]byte, off int64) (int, error) {
-	f.access.enter()
-	defer f.access.leave()
-	return f.file.WriteVecAt(bufs, off)
+	return f.write(func() (int, error) { return f.file.WriteVecAt(bufs, off) })
 }
 
 // WriteParts implements vfs.File.
 func (f *accessFile) WriteParts(parts []vfs.Part) (int, error) {
-	f.access.enter()
-	defer f.access.leave()
-	return f.file.WriteParts(parts)
+	return f.write(func() (int, error) { return f.file.WriteParts(parts) })
 }
 
 // Size implements vfs.File.

@@ -50,11 +50,16 @@ func (d *Disk) kvEvents() *pebble.EventListener {
 		BackgroundError: func(err error) {
 			if pebble.IsCorruptionError(err) {
 				d.setDamaged(err.Error())
-			} else if d.opening.Load() { // which would last for as long as the disk fails
+			} else if d.access.phase.Load() != phaseOpen { // which would last for as long as the disk fails
 				d.halt(kvError(err))
 			}
 			d.log.Warn().Err(err).Msg("key-value store: background work failed and is tried again")
 			time.Sleep(backgroundPause)
+		},
+		FlushEnd: func(info pebble.FlushInfo) {
+			if info.Err == nil {
+				d.access.phase.CompareAndSwap(phaseOpening, phaseCarried)
+			}
 		},
 		DataCorruption: func(info pebble.DataCorruptionInfo) {
 			d.n.corruptBlocks.Add(1)

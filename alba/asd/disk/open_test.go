@@ -300,6 +300,61 @@ func TestNoCompactionBeforeItIsOpen(t *testing.T) {
 	must(t, d.Close())
 }
 
+// TestOpeningThatFailsUnderATableThatIsRead: Pebble reads tables with deletions beside its
+// opening, and panics when that fails meanwhile; here the opening fails, and the process
+// lives.
+func TestOpeningThatFailsUnderATableThatIsRead(t *testing.T) {
+	for range 10 { // whether the opening or the reader is first is chance
+		left := vfs.NewMem()
+		for _, updates := range [][]asd.Update{
+			{asd.Put("gone", asd.NewValue([]byte("x"))), asd.Put("key", asd.NewValue([]byte("kept")))},
+			{asd.Delete("gone")}, // of what is in a table
+		} {
+			d := open(t, left, "/asd", testOptions)
+			must(t, d.Apply(background, nil, updates, guest))
+			next, err := left.KillClone()
+			must(t, err)
+			_ = d.Close()
+			left = next
+		}
+		failOverReader(t, left)
+		d := open(t, left, "/asd", testOptions)
+		_, err := d.Get(background, "key", guest)
+		must(t, err)
+		must(t, d.Close())
+	}
+}
+
+// failOverReader has an opening fail while a table is read, if one is.
+func failOverReader(t *testing.T, fsys *vfs.Mem) {
+	t.Helper()
+	reading, failing := make(chan struct{}), make(chan struct{})
+	var read, fail sync.Once
+	fsys.SetHook(func(op vfs.Op, name string) error {
+		switch {
+		case op == vfs.OpOpen && strings.HasSuffix(name, ".sst"):
+			read.Do(func() {
+				close(reading)
+				<-failing
+				time.Sleep(20 * time.Millisecond) // for what would give its table up
+			})
+		case op == vfs.OpCreate && strings.Contains(name, "/kv/") && strings.HasSuffix(name, ".log"):
+			fail.Do(func() {
+				select {
+				case <-reading:
+				case <-time.After(50 * time.Millisecond): // it waits for the opening
+				}
+				close(failing)
+			})
+			return syscall.EIO
+		}
+		return nil
+	})
+	_, err := Open(fsys, "/asd", testOptions)
+	wantErr(t, err, syscall.EIO)
+	fsys.SetHook(nil)
+}
+
 // TestDirectoryThatCannotBeSynced: Pebble panics when it can't sync its directory after
 // it has made a manifest; here the opening fails, and the process lives.
 func TestDirectoryThatCannotBeSynced(t *testing.T) {
