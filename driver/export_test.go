@@ -283,6 +283,15 @@ func (v *Volume) Housekeep(ctx context.Context, idle time.Duration) {
 	v.eng.evict()
 }
 
+// LeaveAlone has the scrubber leave a SCO alone for a while, as after a failure.
+func (v *Volume) LeaveAlone(sco uint64, wait time.Duration) {
+	v.house.Lock()
+	defer v.house.Unlock()
+	v.leaveAlone(&scoMeta{number: sco}, errors.New("the store does not answer"))
+	v.unscrubbed[sco] = time.Now().Add(wait)
+	v.rest.Store(nil)
+}
+
 // Tick is what the engine's housekeeper calls once a second.
 func (v *Volume) Tick(now time.Time) { v.tick(now) }
 

@@ -277,6 +277,22 @@ func testP8PublishRecovers(t *testing.T, k storeKind) {
 	r.close()
 }
 
+// TestScrubFailureEnds: what the scrubber could not do while the store was away is no trouble
+// any more if meanwhile there is too little garbage for another attempt.
+func TestScrubFailureEnds(t *testing.T) { overStores(t, testScrubFailureEnds) }
+
+func testScrubFailureEnds(t *testing.T, k storeKind) {
+	r := newRig(t, k, rand.New(rand.NewPCG(7, 7)), 1024, 8).create()
+	r.must(r.write(0, 100, 0))
+	r.must(r.vol.Checkpoint(context.Background()))
+	r.vol.LeaveAlone(1, 300*time.Millisecond)
+	if !r.has("scrub-failed") {
+		t.Errorf("conditions: %v", r.vol.Stats().Conditions)
+	}
+	r.settled("scrub-failed")
+	r.close()
+}
+
 // TestP3OpenFailsFirst: a daemon that was killed and finds its store out of
 // order opens the volume later, and then everything is there.
 func TestP3OpenFailsFirst(t *testing.T) { overStores(t, testP3OpenFailsFirst) }

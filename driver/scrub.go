@@ -100,7 +100,7 @@ const scrubTurn = 64
 
 // scrub rewrites the live clusters of the emptiest SCOs to the head, or compacts them
 // if snapshots reach them, until the garbage that can't be given back otherwise is
-// within bounds. It reports whether they are.
+// within bounds. It reports whether they are, and nothing is left alone for a while.
 //
 // What it has emptied takes space until a checkpoint without it is in the store,
 // and this one waits for the upload of the SCOs before it. That goes on beside
@@ -111,6 +111,7 @@ func (v *Volume) scrub(ctx context.Context) (done bool) {
 	back := v.newGiveBack(ctx)
 	defer back.finish()
 	v.startGain()
+	v.endLeavingAlone()
 	for range scrubTurn {
 		if ctx.Err() != nil || v.failed.Load() || v.fenced.Load() {
 			return false
@@ -151,7 +152,7 @@ func (v *Volume) scrub(ctx context.Context) (done bool) {
 			if again := v.nothingToEmpty(back, enough); again {
 				continue
 			}
-			return enough && !v.space.tight.Load()
+			return enough && !v.space.tight.Load() && len(v.unscrubbed) == 0
 		}
 		err := v.reduce(ctx, m)
 		switch {
@@ -242,12 +243,10 @@ func (v *Volume) leaveAlone(m *scoMeta, why error) {
 	v.unscrubbed[m.number] = time.Now().Add(wait)
 }
 
-// fullPart is from which part of reached clusters on a SCO is left as it is.
-const fullPart = 0.95
-
-// emptiest picks the sealed SCO with the smallest part of reached clusters, nil if
-// none would give anything back. Caller holds house.
-func (v *Volume) emptiest() *scoMeta {
+// endLeavingAlone lets the scrubber look again at what it has left alone for long enough.
+// That ends the condition, whether or not there is still garbage enough for a try. Caller
+// holds house.
+func (v *Volume) endLeavingAlone() {
 	now := time.Now()
 	for n, until := range v.unscrubbed {
 		if now.After(until) {
@@ -257,6 +256,15 @@ func (v *Volume) emptiest() *scoMeta {
 	if len(v.unscrubbed) == 0 {
 		v.settle("scrub-failed")
 	}
+}
+
+// fullPart is from which part of reached clusters on a SCO is left as it is.
+const fullPart = 0.95
+
+// emptiest picks the sealed SCO with the smallest part of reached clusters, nil if
+// none would give anything back. Caller holds house.
+func (v *Volume) emptiest() *scoMeta {
+	v.endLeavingAlone()
 	v.metaMu.Lock()
 	defer v.metaMu.Unlock()
 	var best *scoMeta
