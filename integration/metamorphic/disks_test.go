@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"scoria/alba/asd"
 	"scoria/driver/control"
 )
 
@@ -78,10 +79,17 @@ func (r *run) addDisk(o op) error {
 		return nil
 	}
 	var a control.ASD
-	err = r.manage(o.Kind, func(ctx context.Context, c *control.Client) (err error) {
-		a, err = c.AddASD(ctx, control.AddASD{Address: asdDir(slot), Wipe: o.has("wipe")})
-		return err
-	})
+	add := func() error {
+		return r.manage(o.Kind, func(ctx context.Context, c *control.Client) (err error) {
+			a, err = c.AddASD(ctx, control.AddASD{Address: asdDir(slot), Wipe: o.has("wipe")})
+			return err
+		})
+	}
+	err = add()
+	// A disk that has failed till now is opened anew in a second or more.
+	for end := time.Now().Add(patience); slot == 0 && failed(err) && !r.w.life.died() && time.Now().Before(end); err = add() {
+		time.Sleep(10 * time.Millisecond)
+	}
 	if control.CodeOf(err) == control.CodeNeedsForce && r.w.removed[slot] && !o.has("wipe") {
 		return nil
 	}
@@ -89,6 +97,11 @@ func (r *run) addDisk(o op) error {
 		err = fmt.Errorf("%s is added and %s", a.Address, a.State)
 	}
 	return r.mend(err)
+}
+
+// failed says whether a storage daemon takes no writes until its disk is opened anew.
+func failed(err error) bool {
+	return err != nil && strings.Contains(err.Error(), asd.ErrFailed.Error())
 }
 
 // drain has a storage daemon emptied.
