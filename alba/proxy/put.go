@@ -54,15 +54,7 @@ func (p *Proxy) PutSource(ctx context.Context, ns, name string, epoch uint64, sr
 }
 
 func (p *Proxy) put(ctx context.Context, ns, name string, epoch uint64, src *Source) error {
-	var last error
-	for range attempts {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		n, err := p.owned(ctx, ns, epoch)
-		if err != nil {
-			return err
-		}
+	return p.untilStored(ctx, ns, epoch, func(n namespace) error {
 		e, err := p.loadEntry(ctx, n, name)
 		if err == nil {
 			same, err := p.equalContents(ctx, e, src.Data, src.Size)
@@ -74,8 +66,23 @@ func (p *Proxy) put(ctx context.Context, ns, name string, epoch uint64, src *Sou
 		if !errors.Is(err, ErrNoObject) {
 			return err
 		}
-		last = p.attempt(ctx, n, name, epoch, src)
-		if !errors.Is(last, errAgain) {
+		return p.attempt(ctx, n, name, epoch, src)
+	})
+}
+
+// untilStored makes attempts for the owner of that epoch until one does not end with errAgain;
+// ErrBusy after too many.
+func (p *Proxy) untilStored(ctx context.Context, ns string, epoch uint64, attempt func(namespace) error) error {
+	var last error
+	for range attempts {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		n, err := p.owned(ctx, ns, epoch)
+		if err != nil {
+			return err
+		}
+		if last = attempt(n); !errors.Is(last, errAgain) {
 			return last
 		}
 	}

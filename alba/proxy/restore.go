@@ -58,15 +58,7 @@ func (p *Proxy) PutLost(ctx context.Context, ns, name string, epoch uint64, src 
 }
 
 func (p *Proxy) putLost(ctx context.Context, ns, name string, epoch uint64, src *Source) error {
-	var last error
-	for range attempts {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		n, err := p.owned(ctx, ns, epoch)
-		if err != nil {
-			return err
-		}
+	return p.untilStored(ctx, ns, epoch, func(n namespace) error {
 		e, err := p.loadEntry(ctx, n, name)
 		if err != nil {
 			return err
@@ -83,19 +75,16 @@ func (p *Proxy) putLost(ctx context.Context, ns, name string, epoch uint64, src 
 		if err == nil {
 			err = u.store(ctx, src)
 		}
-		if err == nil {
+		switch {
+		case err == nil:
 			p.sweepTrash(ctx, n.ID, e.m.Upload)
 			p.opts.Log.Warn().Str("namespace", ns).Str("object", name).Msg("object was lost, and is stored anew by who still had it")
 			return nil
-		}
-		if errors.Is(err, ErrStaleEpoch) || errors.Is(err, ErrNoNamespace) {
+		case errors.Is(err, ErrStaleEpoch), errors.Is(err, ErrNoNamespace):
 			return err
 		}
-		if last = fmt.Errorf("%w; it can't be stored anew: %w", lost, err); !errors.Is(err, errAgain) {
-			return last
-		}
-	}
-	return fmt.Errorf("%w: %w", ErrBusy, last)
+		return fmt.Errorf("%w; it can't be stored anew: %w", lost, err)
+	})
 }
 
 // entryReader reads an object as the source of an upload.

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"strings"
-	"sync"
 	"testing"
 
 	"scoria/alba"
@@ -100,26 +99,15 @@ func TestPutLostAtTheCommit(t *testing.T) {
 // TestPutLostDied: a daemon that dies at any commit of it leaves the object lost or whole,
 // and the next one stores it.
 func TestPutLostDied(t *testing.T) {
-	died := errors.New("died")
 	ps := albatest.Preset(alba.Policy{K: 2, M: 1, C: 3, X: 1})
 	for at := 1; ; at++ {
 		r := newRig(t, 4, ps, nil)
 		r.put("o", 100_000)
 		b := r.lose("o")
-		var mu sync.Mutex
-		n := 0
-		r.Reg.SetHook(func([]alba.Write) error {
-			mu.Lock()
-			defer mu.Unlock()
-			if n++; n >= at {
-				return died
-			}
-			return nil
-		})
+		life := dying{at: at}
+		r.Reg.SetHook(func([]alba.Write) error { return life.step() })
 		err := r.putLost(r.p, "o", 1, b)
-		mu.Lock()
-		over := n < at
-		mu.Unlock()
+		over := life.over()
 		r.p.Close()
 		r.Reg.SetHook(nil)
 		r.p = r.Proxy(t, ps, nil)

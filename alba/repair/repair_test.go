@@ -290,29 +290,18 @@ func TestP5VerifyFindsEverything(t *testing.T) {
 // TestDiedAtEveryCommit: a daemon that dies at any of its registry commits leaves
 // nothing that the next one does not finish or collect, and loses nothing.
 func TestDiedAtEveryCommit(t *testing.T) {
-	died := errors.New("died")
 	for at := 1; ; at++ {
 		r := newRig(t, 5, albatest.Preset(alba.Policy{K: 2, M: 1, C: 3, X: 1}), nil)
 		r.put("kept", 20_000)
-		var mu sync.Mutex
-		n := 0
-		r.Reg.SetHook(func([]alba.Write) error {
-			mu.Lock()
-			defer mu.Unlock()
-			if n++; n >= at {
-				return died
-			}
-			return nil
-		})
+		life := dying{at: at}
+		r.Reg.SetHook(func([]alba.Write) error { return life.step() })
 		ctx := t.Context()
 		b := albatest.Pattern(9, 100_000)
 		putErr := r.p.Put(ctx, ns, "new", 1, bytes.NewReader(b), int64(len(b)))
 		delErr := r.p.Delete(ctx, ns, "new", 1)
 		stateErr := r.p.SetDeviceState(ctx, r.Disks[0].ID, alba.DeviceDraining)
 		_, passErr := r.m.Pass(ctx)
-		mu.Lock()
-		over := n < at
-		mu.Unlock()
+		over := life.over()
 		r.p.Close()
 		r.Reg.SetHook(nil)
 

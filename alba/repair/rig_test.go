@@ -2,8 +2,10 @@ package repair_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -16,6 +18,30 @@ import (
 )
 
 const ns = "9b2f0c4e-5d1a-4a63-8f5e-2f1f4f1f7a10"
+
+// dying is a daemon that dies at a step: that one fails, and all that follow.
+type dying struct {
+	at int
+
+	mu    sync.Mutex
+	steps int
+}
+
+func (d *dying) step() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.steps++; d.steps >= d.at {
+		return errors.New("died")
+	}
+	return nil
+}
+
+// over says that there were fewer steps: all of them were tried.
+func (d *dying) over() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.steps < d.at
+}
 
 func must(t testing.TB, err error) {
 	t.Helper()

@@ -65,41 +65,29 @@ func (r *rig) rebuilt(disks []*albatest.Disk) {
 // finished by the next; then nothing needs the old one, not even a registry that is
 // made anew from the devices.
 func TestRotationDiedAnywhere(t *testing.T) {
-	died := errors.New("died")
 	for at := 1; ; at++ {
 		r := rotationRig(t)
-		var mu sync.Mutex
-		n := 0
-		step := func() error {
-			mu.Lock()
-			defer mu.Unlock()
-			if n++; n >= at {
-				return died
-			}
-			return nil
-		}
+		life := dying{at: at}
 		r.p.Close()
 		p := r.withKeys("b", "a")
-		r.Reg.SetHook(func([]alba.Write) error { return step() })
+		r.Reg.SetHook(func([]alba.Write) error { return life.step() })
 		for _, d := range r.Disks {
 			d.Faulty.Set(asdtest.Fault{Hook: func(op, _ string) error {
 				if op != "Apply" {
 					return nil
 				}
-				return step()
+				return life.step()
 			}})
 		}
 		_, err := p.RotateKeys(t.Context())
-		mu.Lock()
-		over := n < at
-		mu.Unlock()
+		over := life.over()
 		p.Close()
 		r.Reg.SetHook(nil)
 		for _, d := range r.Disks {
 			d.Faulty.Set(asdtest.Fault{})
 		}
 		if over != (err == nil) {
-			t.Fatalf("died at step %d of %d: %v", at, n, err)
+			t.Fatalf("died at step %d of %d: %v", at, life.steps, err)
 		}
 		p = r.withKeys("b", "a")
 		_, err = p.RotateKeys(t.Context())
