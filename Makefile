@@ -6,7 +6,7 @@ SHELL       := /bin/bash
 GO          ?= go
 VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS     := -X main.version=$(VERSION)
-# Time for each fuzz target in `make test`, and arguments of `make run` and `make bench`.
+# Time for each fuzz target in `make test` (a number and s, m or h), and arguments of `make run` and `make bench`.
 FUZZTIME    ?= 5s
 KEEP        ?=
 ARGS        ?=
@@ -39,13 +39,24 @@ test: deps build test-unit test-fuzz test-guests ## every test: unit, property, 
 test-unit: ## unit, property and crash tests under the race detector
 	$(GO) test -race -timeout 25m $$($(GO) list ./... | grep -v -x -e scoria/integration -e scoria/integration/qemu)
 
+# Not with -fuzztime: at its end Go before 1.27 now and then reports the end itself as a failure, "context deadline
+# exceeded" (golang/go#75804). An interrupt ends a run in order too; what is still there a minute later has hung, and fails.
 test-fuzz: ## each fuzz target for FUZZTIME
-	@targets=$$($(GO) test -list '^Fuzz' ./... | awk '/^Fuzz/ { t[n++] = $$1 } /^ok/ { for (i = 0; i < n; i++) print $$2, t[i]; n = 0 }'); \
-	while read -r package target; do \
-		[[ -n $$package ]] || continue; \
-		echo "fuzz $$package $$target $(FUZZTIME)"; \
-		$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 5s -timeout 5m $$package </dev/null; \
-	done <<<"$$targets"
+	@cache=$$($(GO) env GOCACHE)/fuzz; bin=$$(mktemp -d); trap 'rm -rf "$$bin"' EXIT; \
+	packages=$$($(GO) list -f '{{.ImportPath}} {{.Dir}}' ./...); \
+	while read -r package dir; do \
+		grep -qs '^func Fuzz' "$$dir"/*_test.go || continue; \
+		$(GO) test -c -fuzz . -o "$$bin/test" "$$package"; \
+		cd "$$dir"; \
+		targets=$$("$$bin/test" -test.list '^Fuzz'); \
+		for target in $$targets; do \
+			echo "fuzz $$package $$target $(FUZZTIME)"; \
+			timeout --foreground --preserve-status --signal INT --kill-after 1m $(FUZZTIME) \
+				"$$bin/test" -test.run '^$$' -test.fuzz "^$$target\$$" -test.fuzzcachedir "$$cache/$$package" \
+				-test.fuzzminimizetime 5s </dev/null; \
+		done; \
+		cd "$$OLDPWD"; \
+	done <<<"$$packages"
 
 test-guests: ## real NBD clients, real guests in QEMU, kill -9
 	SCORIA_REQUIRE=1 $(GO) test -count=1 -p 1 -timeout 25m $(GUESTS)
