@@ -2,12 +2,14 @@ package proxy_test
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"testing"
 	"time"
 
 	"scoria/alba"
 	"scoria/alba/albatest"
+	"scoria/alba/asd"
 	"scoria/alba/proxy"
 )
 
@@ -51,5 +53,54 @@ func TestReloadsKeepTheirOrder(t *testing.T) {
 	must(t, <-second)
 	if n := len(f.Members()); n != 4 {
 		t.Fatalf("the fleet has %d devices, the registry 4", n)
+	}
+}
+
+// closing is a client that notes that it was closed.
+type closing struct {
+	asd.Client
+	closed chan struct{}
+}
+
+func (c *closing) Close() error {
+	close(c.closed)
+	return nil
+}
+
+// TestDialedMeanwhile: a client that was being dialed when its device was removed, or moved to
+// another address, is not used, and is closed.
+func TestDialedMeanwhile(t *testing.T) {
+	for _, what := range []string{"removed", "moved"} {
+		t.Run(what, func(t *testing.T) {
+			c := albatest.NewCluster(1, 1)
+			p := c.Proxy(t, albatest.Preset(alba.Policy{K: 1, M: 0, C: 1, X: 1}), nil)
+			stale := &closing{c.Disks[0].Faulty, make(chan struct{})}
+			var f *proxy.Fleet
+			dial := func(ctx context.Context, d alba.Device) (asd.Client, error) {
+				if d.Address != c.Disks[0].ID {
+					return c.Dial(ctx, c.Record(c.Disks[0]))
+				}
+				if what == "removed" {
+					must(t, p.SetDeviceState(t.Context(), d.ID, alba.DeviceRemoved))
+				} else {
+					d.Address = "elsewhere"
+					_, err := c.Reg.Commit(t.Context(), nil, []alba.Write{{Key: alba.DeviceKey(d.ID), Value: alba.Encode(d)}})
+					must(t, err)
+				}
+				must(t, f.Reload(t.Context()))
+				return stale, nil
+			}
+			f = proxy.NewFleet(c.Reg, dial, proxy.Location{})
+			defer f.Close()
+			must(t, f.Reload(t.Context()))
+			m := f.Member(c.Disks[0].ID)
+			if _, err := m.Client(t.Context()); !errors.Is(err, asd.ErrUnavailable) {
+				t.Fatalf("dialed before it was %s: %v", what, err)
+			}
+			albatest.Await(t, stale.closed, "the stale client's end")
+			if _, err := m.Client(t.Context()); (err == nil) != (what == "moved") {
+				t.Fatalf("after it was %s: %v", what, err)
+			}
+		})
 	}
 }

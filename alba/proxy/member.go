@@ -49,7 +49,7 @@ func (m *Member) replace(d alba.Device, rev int64) {
 		m.checked, m.told = false, 0
 	}
 	m.mu.Unlock()
-	if moved {
+	if moved || d.State == alba.DeviceRemoved {
 		m.close()
 	}
 }
@@ -76,7 +76,8 @@ func (m *Member) Down() (reason string, since time.Time) {
 func (m *Member) Up() bool { return m.up(time.Now()) }
 
 // Client returns the device's client, dialed if need be. An error counts against
-// the device. ErrOlder if it was told of changes that the registry lacks.
+// the device. ErrOlder if it was told of changes that the registry lacks. One that was
+// removed has none, whether it could be reached or not.
 func (m *Member) Client(ctx context.Context) (asd.Client, error) {
 	c, err := m.dialed(ctx)
 	if err == nil {
@@ -92,11 +93,11 @@ func (m *Member) dialed(ctx context.Context) (asd.Client, error) {
 	m.mu.Lock()
 	c, rec := m.client, m.rec
 	m.mu.Unlock()
-	if c != nil {
-		return c, nil
-	}
 	if rec.State == alba.DeviceRemoved {
 		return nil, fmt.Errorf("device %s was removed: %w", rec.ID, asd.ErrUnavailable)
+	}
+	if c != nil {
+		return c, nil
 	}
 	c, err := m.fleet.dial(ctx, rec)
 	if err != nil {
@@ -107,12 +108,17 @@ func (m *Member) dialed(ctx context.Context) (asd.Client, error) {
 		return nil, err
 	}
 	m.mu.Lock()
-	old := m.client
-	if old == nil {
+	old, now := m.client, m.rec
+	current := now.Address == rec.Address && now.State != alba.DeviceRemoved
+	if current && old == nil {
 		m.client = c
 	}
 	m.mu.Unlock()
-	if old != nil { // somebody else was faster
+	switch {
+	case !current:
+		_ = c.Close()
+		return nil, fmt.Errorf("device %s was moved or removed meanwhile: %w", rec.ID, asd.ErrUnavailable)
+	case old != nil: // somebody else was faster
 		_ = c.Close()
 		return old, nil
 	}

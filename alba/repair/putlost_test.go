@@ -8,6 +8,7 @@ import (
 
 	"scoria/alba"
 	"scoria/alba/albatest"
+	"scoria/alba/asd/asdtest"
 	"scoria/alba/proxy"
 )
 
@@ -142,4 +143,36 @@ func TestPutLostWithoutRoom(t *testing.T) {
 	must(t, err)
 	must(t, r.putLost(r.p, "o", 1, b))
 	r.expectAll(r.p)
+}
+
+// TestPutLostOfRemoved: a device that was removed counts for nothing, though it still answers over
+// a connection of before: what it alone had is lost, is not read from it, and is stored anew, so
+// that it is there when the connection is not.
+func TestPutLostOfRemoved(t *testing.T) {
+	for _, who := range []string{"this daemon", "another daemon"} {
+		t.Run(who, func(t *testing.T) {
+			r := newRig(t, 2, albatest.Preset(alba.Policy{K: 1, M: 0, C: 1, X: 1}), nil)
+			by := r.p
+			if who == "another daemon" {
+				by = r.another()
+			}
+			r.put("o", 300_000)
+			r.expectAll(r.p)
+			gone, b := r.manifest("o").Shards[0], r.objects["o"]
+			must(t, by.SetDeviceState(t.Context(), gone, alba.DeviceRemoved))
+			must(t, r.p.Fleet().Reload(t.Context()))
+			if err := r.p.ReadAt(t.Context(), ns, "o", make([]byte, len(b)), 0); !errors.Is(err, proxy.ErrLost) {
+				t.Fatalf("read from a removed device: %v", err)
+			}
+			must(t, r.putLost(r.p, "o", 1, b))
+			if at := r.manifest("o").Shards[0]; at == gone {
+				t.Fatalf("is on %s still, which was removed", at)
+			}
+			r.Disk(gone).Faulty.Set(asdtest.Fault{Down: true})
+			r.settle()
+			r.expectAll(r.p)
+			r.expectSafe(0)
+			r.expectClean()
+		})
+	}
 }
