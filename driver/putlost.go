@@ -29,8 +29,8 @@ const (
 	maxLostPause = 10 * time.Second
 )
 
-// lostObjects are those of a volume's objects that the store is said to have lost. Its mu is
-// a leaf.
+// lostObjects are those of a volume's objects that the store is said to have lost. Under mu only
+// metaMu is taken, so that names and what keepLocal says agree.
 type lostObjects struct {
 	mu    sync.Mutex
 	names map[string]bool
@@ -68,12 +68,10 @@ func (v *Volume) lostInStore(name string) {
 		return
 	}
 	l.names[name] = true
+	v.keepLocal(name, true)
 	begin := !l.busy
 	l.busy = true
 	l.mu.Unlock()
-	if !known {
-		v.keepLocal(name, true)
-	}
 	if begin && !v.spawn(v.putLostObjects) {
 		l.mu.Lock() // the volume is closing
 		l.busy = false
@@ -137,8 +135,8 @@ func (v *Volume) putLostObjects() {
 			}
 			l.mu.Lock()
 			delete(l.names, name)
-			l.mu.Unlock()
 			v.keepLocal(name, false)
+			l.mu.Unlock()
 		}
 		if left == 0 {
 			pause = minLostPause
@@ -204,6 +202,9 @@ func (v *Volume) putLostSCO(ctx context.Context, m *scoMeta) error {
 	if !local {
 		return nil
 	}
+	if err := v.anyLost(ctx, v.objectOf(m), m.size); !errors.Is(err, ErrLost) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return err
+	}
 	f, release, err := v.openLocal(m)
 	if err != nil {
 		return nil // whoever reads it finds out
@@ -222,6 +223,20 @@ func (v *Volume) putLostSCO(ctx context.Context, m *scoMeta) error {
 	defer turn()
 	return v.replaceLost(ctx, v.objectOf(m), Object{Data: f, Size: m.size, LocalPath: v.pathOf(m),
 		Sums: func() ([]uint32, error) { return v.pageSums(m, f) }})
+}
+
+// anyLost reads an object from the store until that fails, ErrLost if some of it is lost. As long as
+// the store only can't be reached that costs little: verifying all local copies that it might
+// have lost, again and again, would take the disk from guests.
+func (v *Volume) anyLost(ctx context.Context, name string, size int64) error {
+	buf := make([]byte, min(size, maxLostRead))
+	for off := int64(0); off < size; off += int64(len(buf)) {
+		p := buf[:min(int64(len(buf)), size-off)]
+		if err := v.cfg.Store.ReadAt(ctx, v.namespace(), name, p, off); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // replaceLost gives the store an object that it may have lost.

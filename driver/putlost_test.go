@@ -4,18 +4,54 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
+	"scoria/alba/vfs"
 	"scoria/driver"
 	"scoria/driver/host/objecttest"
 )
 
-// forgetful is an object store that has no place for what it has lost while it is told so.
+// forgetful is an object store that has no place for what it has lost, or can't be reached, while
+// it is told so.
 type forgetful struct {
 	*objecttest.Store
-	mu   sync.Mutex
-	full bool
+	mu    sync.Mutex
+	full  bool
+	away  bool
+	asked int // in vain
+}
+
+func (f *forgetful) setAway(away bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.away = away
+}
+
+// gone returns errAway while the store is away.
+func (f *forgetful) gone() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.away {
+		return nil
+	}
+	f.asked++
+	return errAway
+}
+
+func (f *forgetful) inVain() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.asked
+}
+
+func (f *forgetful) ReadAt(ctx context.Context, ns, name string, p []byte, off int64) error {
+	if err := f.gone(); err != nil {
+		return err
+	}
+	return f.Store.ReadAt(ctx, ns, name, p, off)
 }
 
 func (f *forgetful) refuse(full bool) {
@@ -30,6 +66,9 @@ func (f *forgetful) PutLost(ctx context.Context, ns, name string, epoch uint64, 
 	f.mu.Unlock()
 	if full {
 		return driver.ErrLost
+	}
+	if err := f.gone(); err != nil {
+		return err
 	}
 	return f.Store.PutLost(ctx, ns, name, epoch, obj)
 }
@@ -149,5 +188,32 @@ func TestP5LostCopyStays(t *testing.T) {
 	r.eng.ForgetRAM()
 	r.eng.ForgetClusters()
 	r.must(r.read(0, 1024))
+	r.close()
+}
+
+// TestP8AwayIsNotLost: while the store can't say whether it has lost something, nobody reads the
+// local copies over and over.
+func TestP8AwayIsNotLost(t *testing.T) {
+	_ = objects
+	r, f := lostRig(t)
+	var reads atomic.Int64
+	r.fs.SetHook(func(op vfs.Op, name string) error {
+		if op == vfs.OpRead && strings.Contains(name, r.cfg.ID.String()) {
+			reads.Add(1)
+		}
+		return nil
+	})
+	f.setAway(true)
+	names := r.stored("sco-")
+	for _, name := range names {
+		r.eng.LostInStore(r.cfg.ID.String(), name)
+	}
+	eventually(t, "the store is asked again", func() bool { return f.inVain() >= 3*len(names) })
+	if n := reads.Load(); n > 0 {
+		t.Errorf("%d reads of local files while the store was away", n)
+	}
+	f.setAway(false)
+	r.storedAnew()
+	r.fs.SetHook(nil)
 	r.close()
 }
