@@ -33,8 +33,8 @@ const (
 // metaMu is taken, so that names and what keepLocal says agree.
 type lostObjects struct {
 	mu    sync.Mutex
-	names map[string]bool
-	busy  bool // there is a goroutine
+	names map[string]bool // whether the local copy was found to be sound since
+	busy  bool            // there is a goroutine
 }
 
 // LostInStore tells an open volume that the store can't repair one of its objects,
@@ -62,12 +62,13 @@ func (v *Volume) lostInStore(name string) {
 	if l.names == nil {
 		l.names = map[string]bool{}
 	}
-	known := l.names[name]
-	if !known && len(l.names) == maxLostObjects {
-		l.mu.Unlock()
-		return
+	if _, known := l.names[name]; !known {
+		if len(l.names) == maxLostObjects {
+			l.mu.Unlock()
+			return
+		}
+		l.names[name] = false
 	}
-	l.names[name] = true
 	v.keepLocal(name, true)
 	begin := !l.busy
 	l.busy = true
@@ -210,19 +211,39 @@ func (v *Volume) putLostSCO(ctx context.Context, m *scoMeta) error {
 		return nil // whoever reads it finds out
 	}
 	defer release()
-	var rep CheckReport
-	v.checkCopy(ctx, m, "local copy", f, &rep)
-	if err := ctx.Err(); err != nil {
+	if sound, err := v.soundLocal(ctx, m, f); err != nil || !sound {
 		return err
-	}
-	if len(rep.Problems) > 0 {
-		v.log.Warn().Uint64("sco", m.number).Strs("problems", rep.Problems).Msg("what the store has lost is not sound on the local disk")
-		return nil
 	}
 	turn := v.uploadTurn(m.size)
 	defer turn()
 	return v.replaceLost(ctx, v.objectOf(m), Object{Data: f, Size: m.size, LocalPath: v.pathOf(m),
 		Sums: func() ([]uint32, error) { return v.pageSums(m, f) }})
+}
+
+// soundLocal verifies the local copy of a SCO, but only once while the store has no place for it.
+func (v *Volume) soundLocal(ctx context.Context, m *scoMeta, f io.ReaderAt) (bool, error) {
+	l, name := &v.again, v.objectOf(m)
+	l.mu.Lock()
+	sound := l.names[name]
+	l.mu.Unlock()
+	if sound {
+		return true, nil
+	}
+	var rep CheckReport
+	v.checkCopy(ctx, m, "local copy", f, &rep)
+	if err := ctx.Err(); err != nil {
+		return false, err
+	}
+	if len(rep.Problems) > 0 {
+		v.log.Warn().Uint64("sco", m.number).Strs("problems", rep.Problems).Msg("what the store has lost is not sound on the local disk")
+		return false, nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, wanted := l.names[name]; wanted {
+		l.names[name] = true
+	}
+	return true, nil
 }
 
 // anyLost reads an object from the store until that fails, ErrLost if some of it is lost. As long as

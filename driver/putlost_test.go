@@ -65,6 +65,9 @@ func (f *forgetful) PutLost(ctx context.Context, ns, name string, epoch uint64, 
 	full := f.full
 	f.mu.Unlock()
 	if full {
+		f.mu.Lock()
+		f.asked++
+		f.mu.Unlock()
 		return driver.ErrLost
 	}
 	if err := f.gone(); err != nil {
@@ -169,16 +172,37 @@ func TestP5LostInStore(t *testing.T) {
 	}
 }
 
+// localReads counts reads of the volume's local files from now on.
+func (r *rig) localReads() *atomic.Int64 {
+	reads := new(atomic.Int64)
+	id := r.cfg.ID.String()
+	r.fs.SetHook(func(op vfs.Op, name string) error {
+		if op == vfs.OpRead && strings.Contains(name, id) {
+			reads.Add(1)
+		}
+		return nil
+	})
+	return reads
+}
+
 // TestP5LostCopyStays: the local copy of what the store has lost is not given up for room while
-// the store has no place for it.
+// the store has no place for it, nor read over and over.
 func TestP5LostCopyStays(t *testing.T) {
 	_ = objects
 	r, f := lostRig(t)
 	f.refuse(true)
-	for _, name := range r.lose(f, "sco-") {
+	names := r.lose(f, "sco-")
+	reads := r.localReads()
+	for _, name := range names {
 		r.eng.LostInStore(r.cfg.ID.String(), name)
 	}
 	r.vol.DropLocalCopies()
+	eventually(t, "a place for all is looked for", func() bool { return f.inVain() >= len(names) })
+	once := reads.Load()
+	eventually(t, "a place for all is looked for again", func() bool { return f.inVain() >= 3*len(names) })
+	if n := reads.Load(); n != once || n == 0 {
+		t.Errorf("%d reads of local copies, and then %d, while there was no place for them", once, n)
+	}
 	f.refuse(false)
 	r.storedAnew()
 	if left := r.lost(); len(left) > 0 {
@@ -196,13 +220,7 @@ func TestP5LostCopyStays(t *testing.T) {
 func TestP8AwayIsNotLost(t *testing.T) {
 	_ = objects
 	r, f := lostRig(t)
-	var reads atomic.Int64
-	r.fs.SetHook(func(op vfs.Op, name string) error {
-		if op == vfs.OpRead && strings.Contains(name, r.cfg.ID.String()) {
-			reads.Add(1)
-		}
-		return nil
-	})
+	reads := r.localReads()
 	f.setAway(true)
 	names := r.stored("sco-")
 	for _, name := range names {
@@ -214,6 +232,5 @@ func TestP8AwayIsNotLost(t *testing.T) {
 	}
 	f.setAway(false)
 	r.storedAnew()
-	r.fs.SetHook(nil)
 	r.close()
 }

@@ -44,8 +44,9 @@ type Options struct {
 	// floor, which is higher for objects that can lose fewer disks. Asked ten times a
 	// second while maintenance is at work, from any goroutine. May be nil.
 	Busy func() bool
-	// Failed is told of each object that a pass could not repair, so that who has its
-	// content can store it anew. Called from the pass; it must not block. May be nil.
+	// Failed is told of each object that a pass could not repair, or of which there is too
+	// little and no place for more, so that who has its content keeps it and can store it
+	// anew. Called from the pass; it must not block. May be nil.
 	Failed func(namespace, object string)
 	Log    zerolog.Logger
 }
@@ -265,9 +266,9 @@ func (m *Maintainer) pass(ctx context.Context, r *run, all bool) (Report, error)
 			r.job.Problems++
 			r.job.Message = err.Error()
 			m.log.Warn().Err(err).Str("namespace", tasks[i].namespace).Str("object", tasks[i].object).Msg("object is not repaired yet")
-			if m.o.Failed != nil {
-				m.o.Failed(tasks[i].namespace, tasks[i].object)
-			}
+		}
+		if m.o.Failed != nil && (err != nil || left && tasks[i].Spare < 0) {
+			m.o.Failed(tasks[i].namespace, tasks[i].object)
 		}
 		if left {
 			report.Left++

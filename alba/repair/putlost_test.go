@@ -3,6 +3,7 @@ package repair_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 
@@ -10,6 +11,7 @@ import (
 	"scoria/alba/albatest"
 	"scoria/alba/asd/asdtest"
 	"scoria/alba/proxy"
+	"scoria/alba/repair"
 )
 
 // lose drops all fragments of an object behind everybody's back, and returns what it had.
@@ -173,6 +175,34 @@ func TestPutLostOfRemoved(t *testing.T) {
 			r.expectAll(r.p)
 			r.expectSafe(0)
 			r.expectClean()
+		})
+	}
+}
+
+// TestLostWithoutRoomIsTold: who may still have the contents of an object is told that too little of
+// it is left, even if no device is there for what is missing: it must not be given up meanwhile.
+func TestLostWithoutRoomIsTold(t *testing.T) {
+	for _, pol := range []alba.Policy{{K: 1, M: 0, C: 1, X: 1}, {K: 2, M: 1, C: 3, X: 1}} {
+		t.Run(fmt.Sprint(pol), func(t *testing.T) {
+			told := map[string]int{}
+			r := newRig(t, pol.Shards(), albatest.Preset(pol), func(o *repair.Options) {
+				o.Failed = func(namespace, object string) { told[namespace+"/"+object]++ }
+			})
+			r.put("o", 300_000)
+			for lost, d := range r.Disks[:pol.M+1] {
+				if lost == pol.M && len(told) > 0 {
+					t.Fatalf("told of %v, which can be read", told)
+				}
+				must(t, r.p.SetDeviceState(t.Context(), d.ID, alba.DeviceRemoved))
+				report, err := r.m.Pass(t.Context())
+				must(t, err)
+				if report.Left != 1 {
+					t.Fatalf("%d objects are left", report.Left)
+				}
+			}
+			if told[ns+"/o"] != 1 || len(told) != 1 {
+				t.Fatalf("told of %v", told)
+			}
 		})
 	}
 }
