@@ -98,11 +98,18 @@ func start(t *testing.T, dir string, args ...string) *process {
 	case <-time.After(patience):
 		t.Fatalf("it is not ready:\n%s", p.log)
 	}
-	p.client, err = remote.New(p.addr, remote.Options{
-		MinBackoff: time.Millisecond, MaxBackoff: 10 * time.Millisecond, PingAfter: 200 * time.Millisecond, DeadAfter: 500 * time.Millisecond,
-	})
-	must(t, err)
+	p.client = p.dial(patience)
 	return p
+}
+
+// dial returns a client that takes the daemon for dead when it has been silent for so long.
+func (p *process) dial(deadAfter time.Duration) *remote.Client {
+	p.t.Helper()
+	c, err := remote.New(p.addr, remote.Options{
+		MinBackoff: time.Millisecond, MaxBackoff: 10 * time.Millisecond, PingAfter: 200 * time.Millisecond, DeadAfter: deadAfter,
+	})
+	must(p.t, err)
+	return c
 }
 
 func (p *process) kill() {
@@ -263,17 +270,20 @@ func TestStopAndContinue(t *testing.T) {
 	p := start(t, t.TempDir())
 	put := []asd.Update{asd.Put("key", asd.NewValue([]byte("value")))}
 	must(t, p.client.Apply(within(t), nil, put, asd.PriorityGuest))
+	c := p.dial(500 * time.Millisecond)
+	defer c.Close()
+	_, _ = c.Get(within(t), "key", asd.PriorityGuest) // so that it is connected; a machine that is busy may be taken for dead
 	must(t, p.cmd.Process.Signal(syscall.SIGSTOP))
 	// The signal stops thread by thread: until the last one has, answers may come.
 	must(t, unix.Waitid(unix.P_PID, p.cmd.Process.Pid, nil, unix.WSTOPPED|unix.WNOWAIT, nil))
-	_, err := p.client.Get(within(t), "key", asd.PriorityGuest)
+	_, err := c.Get(within(t), "key", asd.PriorityGuest)
 	if !errors.Is(err, asd.ErrUnavailable) {
 		t.Fatal(err)
 	}
 	must(t, p.cmd.Process.Signal(syscall.SIGCONT))
 	deadline := time.Now().Add(patience)
 	for {
-		v, err := p.client.Get(within(t), "key", asd.PriorityGuest)
+		v, err := c.Get(within(t), "key", asd.PriorityGuest)
 		if err == nil && string(v.Data) == "value" {
 			break
 		}
