@@ -14,11 +14,12 @@ const readBytes = 1 << 20
 
 // Chunk is the fragments of one chunk. Its memory is used again by Encoder.Next.
 type Chunk struct {
+	Memory []byte // for the shards; where it is too little, Next makes more
+
 	Number int
 	Shards [][]byte // k data, m parity; one length
 	End    int64    // of the chunk in the stream, bytes
 	Last   bool     // the stream ends with it
-	buf    []byte
 }
 
 // Encoder reads an object once, in order, and makes chunks of it. Not safe for
@@ -79,13 +80,13 @@ func (e *Encoder) Next(c *Chunk, check func() error, ready func(shard int)) erro
 		l.Stored = upTo
 		full, parity = l.K*l.FragmentLen(0), l.M*l.FragmentLen(0)
 	}
-	if cap(c.buf) < full+parity {
-		c.buf = make([]byte, full+parity)
+	if cap(c.Memory) < full+parity {
+		c.Memory = make([]byte, full+parity)
 	}
 	if ready == nil {
 		ready = func(int) {}
 	}
-	data := c.buf[:full]
+	data := c.Memory[:full]
 	if e.blocks.Plain() {
 		return e.nextPlain(c, int(min(int64(full), e.size-e.read)), check, ready)
 	}
@@ -130,7 +131,7 @@ func (e *Encoder) cut(c *Chunk, n int) (frag int) {
 	l.Stored = int64(n)
 	frag = l.FragmentLen(0)
 	c.Number, c.Shards = e.chunks, c.Shards[:0]
-	all := c.buf[:(l.K+l.M)*frag]
+	all := c.Memory[:(l.K+l.M)*frag]
 	for i := range l.K + l.M {
 		c.Shards = append(c.Shards, all[i*frag:(i+1)*frag:(i+1)*frag])
 	}

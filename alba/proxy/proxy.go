@@ -96,7 +96,7 @@ type Proxy struct {
 	hedges hedges
 
 	memory   *semaphore.Weighted
-	chunks   sync.Pool     // of *erasure.Chunk, to be used again
+	chunks   sync.Pool     // of *erasure.Chunk, to be used again; with Memory if that is small
 	late     chan struct{} // tokens of uploads that complete in the background
 	purges   chan struct{} // tokens of purges in the background
 	counters Counters

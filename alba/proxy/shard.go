@@ -10,6 +10,7 @@ import (
 	"scoria/alba"
 	"scoria/alba/asd"
 	"scoria/alba/erasure"
+	"scoria/alba/slab"
 )
 
 // An upload has chunks of so many bytes in memory, parity included: at least minWindow
@@ -32,9 +33,10 @@ const watchEvery = 250 * time.Millisecond
 // sharedChunk is a chunk that several shards are sending.
 type sharedChunk struct {
 	*erasure.Chunk
-	u     *upload
-	bytes int64
-	refs  atomic.Int32
+	u      *upload
+	memory *slab.Slab // nil if the heap has it
+	bytes  int64
+	refs   atomic.Int32
 }
 
 // acquire waits for the memory of a chunk. Meanwhile shards that lag behind c others
@@ -97,6 +99,10 @@ func (u *upload) newChunk(n int64) *sharedChunk {
 	if c.Chunk == nil {
 		c.Chunk = new(erasure.Chunk)
 	}
+	if size := u.m.Layout().EncodedBytes(); size >= slab.MinBytes {
+		c.memory = slab.Get(int(size))
+		c.Memory = c.memory.B
+	}
 	return c
 }
 
@@ -104,6 +110,10 @@ func (u *upload) newChunk(n int64) *sharedChunk {
 func (c *sharedChunk) release(n int32) {
 	if c.refs.Add(-n) > 0 {
 		return
+	}
+	if c.memory != nil {
+		c.Memory = nil
+		c.memory.Free()
 	}
 	c.u.p.chunks.Put(c.Chunk)
 	c.u.p.memory.Release(c.bytes)

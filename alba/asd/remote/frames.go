@@ -5,6 +5,7 @@ import (
 	"io"
 	"sync"
 
+	"scoria/alba/slab"
 	"scoria/alba/wire"
 )
 
@@ -67,9 +68,12 @@ func readRequest(r *bufio.Reader, h *wire.Header) (req wire.Request, data *buffe
 }
 
 // buffer is memory for data that is used again.
-type buffer struct{ b []byte }
+type buffer struct {
+	b    []byte
+	slab *slab.Slab // nil if the heap has it
+}
 
-// Two sizes of buffers: pages and fragments.
+// Two sizes of buffers on the heap: pages, and what is less than most fragments.
 var buffers = [2]sync.Pool{}
 
 const smallBuffer = 64 << 10
@@ -83,6 +87,10 @@ func bufferClass(n int) int {
 
 // newBuffer returns a buffer of n bytes with any contents.
 func newBuffer(n int) *buffer {
+	if n >= slab.MinBytes {
+		s := slab.Get(n)
+		return &buffer{b: s.B, slab: s}
+	}
 	b, _ := buffers[bufferClass(n)].Get().(*buffer)
 	if b == nil {
 		b = new(buffer)
@@ -95,4 +103,10 @@ func newBuffer(n int) *buffer {
 }
 
 // free gives the memory back.
-func (b *buffer) free() { buffers[bufferClass(cap(b.b))].Put(b) }
+func (b *buffer) free() {
+	if b.slab != nil {
+		b.slab.Free()
+		return
+	}
+	buffers[bufferClass(cap(b.b))].Put(b)
+}
