@@ -224,11 +224,14 @@ func (b *bench) measureUpload(ctx context.Context, c uploadCase, data []byte) er
 	return nil
 }
 
-// timed calls do again and again for a measurement's length, at least twice after one
+// minCalls: of fewer, a single slow one would decide over a round.
+const minCalls = 12
+
+// timed calls do again and again for a measurement's length, at least minCalls times after one
 // call to warm up, and counts only the time in it. after follows each call.
 func (b *bench) timed(ctx context.Context, size int, do, after func() error) (res sample, err error) {
 	var spent time.Duration
-	for i := 0; i < 3 || spent < b.cfg.seconds; i++ {
+	for i := 0; i <= minCalls || spent < b.cfg.seconds; i++ {
 		start := time.Now()
 		err := do()
 		took := time.Since(start)
