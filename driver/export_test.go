@@ -31,7 +31,7 @@ func (v *Volume) Publish(ctx context.Context) (bool, error) { return v.publish(c
 // WaitSealed spills and seals whatever is closed and uploads it. It reports whether
 // that could be done; it gives up when the volume has failed or is another's.
 func (v *Volume) WaitSealed() bool {
-	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		if v.ctx.Err() != nil || v.failed.Load() || v.fenced.Load() {
 			return false
 		}

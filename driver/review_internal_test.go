@@ -187,7 +187,7 @@ func TestUsers(t *testing.T) {
 	default:
 	}
 	u.done()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	select {
 	case <-shut:

@@ -428,7 +428,7 @@ md5sum </mnt/kept >/mnt/sum; sync`)
 	}
 	e.cli("volume clone v@s2 c")
 	e.cli("volume clone v@s4 d")
-	e.guest(vm, "kill -INT $(pidof fio) 2>/dev/null; for i in $(seq 100); do pidof fio >/dev/null || break; sleep 0.2; done; ! pidof fio")
+	e.guest(vm, "kill -INT $(pidof fio) 2>/dev/null; for i in $(seq 600); do pidof fio >/dev/null || break; sleep 0.2; done; ! pidof fio")
 	e.guest(vm, "set -e; umount /mnt; mount /dev/vda /mnt; md5sum </mnt/kept | cmp - /mnt/sum; umount /mnt")
 	e.powerOff(vm)
 

@@ -78,7 +78,7 @@ func (b *bed) open(change func(*client.Options)) *client.Disk {
 
 // soon is a context that ends when a test has taken far too long.
 func soon(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }

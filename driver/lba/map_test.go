@@ -31,7 +31,7 @@ func within(t *testing.T, f func()) {
 	go func() { defer close(done); f() }()
 	select {
 	case <-done:
-	case <-time.After(time.Minute):
+	case <-time.After(2 * time.Minute):
 		buf := make([]byte, 1<<20)
 		t.Fatalf("stuck:\n%s", buf[:runtime.Stack(buf, true)])
 	}

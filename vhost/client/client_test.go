@@ -13,7 +13,7 @@ import (
 )
 
 func TestHandshake(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := peertest.Start(t)
 	c := connect(t, s.Socket, Options{Queues: 3, MaskFeatures: FeatureEventIdx})
 	if c.Size() != 1<<30 || c.Offered() != peertest.DefaultFeatures || c.Features() != peertest.DefaultFeatures&^uint64(FeatureEventIdx) {
@@ -70,7 +70,7 @@ func TestBadReplies(t *testing.T) {
 		}, wire.ErrSize},
 	} {
 		t.Run(name, func(t *testing.T) {
-			deadline(t, time.Minute)
+			deadline(t, 2*time.Minute)
 			s := answering(t, func(conn *net.UnixConn, r wire.Request, _ []byte) bool {
 				if r != test.request {
 					return false
@@ -96,7 +96,7 @@ func TestBadReplies(t *testing.T) {
 }
 
 func TestUnsolicitedReply(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := answering(t, func(conn *net.UnixConn, r wire.Request, _ []byte) bool {
 		if r != wire.GetFeatures {
 			return false
@@ -121,7 +121,7 @@ func TestUnsolicitedReply(t *testing.T) {
 }
 
 func TestConfigChange(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	var capacity atomic.Uint64
 	changes := make(chan Config, 4)
 	s := answering(t, func(conn *net.UnixConn, r wire.Request, payload []byte) bool {
@@ -150,7 +150,7 @@ func TestConfigChange(t *testing.T) {
 // TestBrokenRing: a server that returns what it was not given is found out, by
 // the queue and by everybody who waits for the disk.
 func TestBrokenRing(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := peertest.Start(t, func(s *peertest.Server) { s.Used = func(uint32) uint32 { return 77 } })
 	c := connect(t, s.Socket, Options{})
 	q := c.Queue(0)
@@ -171,7 +171,7 @@ func TestBrokenRing(t *testing.T) {
 }
 
 func TestReconnectRefusesLess(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := peertest.Start(t)
 	c := connect(t, s.Socket, Options{})
 	s.Features.Store(peertest.DefaultFeatures &^ FeatureIndirectDesc)
@@ -189,7 +189,7 @@ func TestReconnectRefusesLess(t *testing.T) {
 }
 
 func TestFullQueue(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := peertest.Start(t)
 	for name, opts := range map[string]Options{
 		"indirect": {QueueSize: 16}, "direct": {QueueSize: 16, NoIndirect: true},
@@ -225,7 +225,7 @@ func TestFullQueue(t *testing.T) {
 }
 
 func TestQueueDoesNotAllocate(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := peertest.Start(t)
 	c := connect(t, s.Socket, Options{})
 	q, out := c.Queue(0), make([]Completion, 4)

@@ -134,7 +134,7 @@ func one(t testing.TB, q *Queue, add func(tag uint64) bool) Completion {
 }
 
 func TestQSDHandshake(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := startQSD(t, 64<<20, 2)
 	c := connect(t, s.socket, Options{Queues: 2})
 	if c.Size() != 64<<20 {
@@ -156,7 +156,7 @@ func TestQSDHandshake(t *testing.T) {
 }
 
 func TestQSDTooManyQueues(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := startQSD(t, 1<<20, 1)
 	if _, err := Connect(s.socket, Options{Queues: 2}); !errors.Is(err, ErrQueues) {
 		t.Errorf("two queues of one: %v", err)
@@ -173,7 +173,7 @@ func TestQSDDisk(t *testing.T) {
 		"no protocol": {Queues: 1, MaskProtocol: ^uint64(1 << 9)},
 	} {
 		t.Run(name, func(t *testing.T) {
-			deadline(t, time.Minute)
+			deadline(t, 2*time.Minute)
 			s := startQSD(t, 16<<20, 2)
 			d := diskOf(t, connect(t, s.socket, opts))
 			checkDisk(t, d)
@@ -250,7 +250,7 @@ func step(rng *rand.Rand, d *Disk, base, off, n int64, model []byte) error {
 }
 
 func TestQSDQueue(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := startQSD(t, 16<<20, 1)
 	c := connect(t, s.socket, Options{})
 	q := c.Queue(0)
@@ -286,7 +286,7 @@ func TestQSDQueue(t *testing.T) {
 }
 
 func TestQSDMemorySlots(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := startQSD(t, 16<<20, 1)
 	c := connect(t, s.socket, Options{})
 	q := c.Queue(0)
@@ -312,7 +312,7 @@ func TestQSDMemorySlots(t *testing.T) {
 }
 
 func TestQSDStopStart(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := startQSD(t, 16<<20, 1)
 	c := connect(t, s.socket, Options{})
 	q := c.Queue(0)
@@ -336,7 +336,7 @@ func TestQSDStopStart(t *testing.T) {
 // TestQSDDies kills the server. It has no in-flight region, so nothing is in
 // flight then; what is added while it is dead is served when it is back.
 func TestQSDDies(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := startQSD(t, 16<<20, 1)
 	c := connect(t, s.socket, Options{})
 	q := c.Queue(0)
@@ -375,7 +375,7 @@ func TestQSDDies(t *testing.T) {
 }
 
 func TestQSDDiskReconnects(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := startQSD(t, 16<<20, 1)
 	d := diskOf(t, connect(t, s.socket, Options{Reconnect: 20 * time.Millisecond}))
 	data := bytes.Repeat([]byte("scoria!."), 512)
@@ -396,7 +396,7 @@ func TestQSDDiskReconnects(t *testing.T) {
 }
 
 func TestQSDDiskFails(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	s := startQSD(t, 16<<20, 1)
 	d := diskOf(t, connect(t, s.socket, Options{}))
 	s.kill()

@@ -193,7 +193,7 @@ func TestP3ServerRestarts(t *testing.T) {
 
 // TestP3RestartWithoutCompletion: nothing was completed when the server went.
 func TestP3RestartWithoutCompletion(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	b := serve(t, 16<<20, blocktest.Options{})
 	resume := b.dev.Stall()
 	c := b.connect(client.Options{})
@@ -248,7 +248,7 @@ func TestP3RestartWithoutCompletion(t *testing.T) {
 }
 
 func TestServerResize(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	b := serve(t, 16<<20, blocktest.Options{})
 	changed := make(chan client.Config, 1)
 	c := b.connect(client.Options{OnConfigChange: func(cfg client.Config) { changed <- cfg }})
@@ -261,7 +261,7 @@ func TestServerResize(t *testing.T) {
 }
 
 func TestServerMemorySlots(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	b := serve(t, 16<<20, blocktest.Options{})
 	c := b.connect(client.Options{})
 	if c.MaxMemSlots() < 32 {
@@ -321,7 +321,7 @@ func run(t *testing.T, c *client.Client, add func(tag uint64) bool) {
 }
 
 func TestServerDirtyLog(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	b := serve(t, 16<<20, blocktest.Options{})
 	c := b.connect(client.Options{})
 	log, err := c.StartLog()
@@ -348,7 +348,7 @@ func TestServerDirtyLog(t *testing.T) {
 }
 
 func TestServerStopStartReset(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	b := serve(t, 16<<20, blocktest.Options{})
 	c := b.connect(client.Options{NoStart: true})
 	for i := range 3 {
@@ -374,7 +374,7 @@ func TestServerStopStartReset(t *testing.T) {
 }
 
 func TestServerWriteCache(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	var fua atomic.Int64
 	b := serve(t, 16<<20, blocktest.Options{Trace: func(r *block.Request) {
 		if r.Op == block.OpWrite && r.Flags&block.FUA != 0 {
@@ -397,7 +397,7 @@ func TestServerWriteCache(t *testing.T) {
 }
 
 func TestServerLoad(t *testing.T) {
-	deadline(t, time.Minute)
+	deadline(t, 2*time.Minute)
 	b := serve(t, 64<<20, blocktest.Options{})
 	c := b.connect(client.Options{Queues: 2})
 	for name, spec := range map[string]load.Spec{

@@ -116,7 +116,7 @@ func TestRun(t *testing.T) {
 }
 
 func TestMaxOps(t *testing.T) {
-	ctx := deadline(t, time.Minute)
+	ctx := deadline(t, 2*time.Minute)
 	c := connect(t, peertest.Start(t), client.Options{})
 	if err := Fill(ctx, c, 0, 8<<20); err != nil {
 		t.Fatal(err)
@@ -128,7 +128,7 @@ func TestMaxOps(t *testing.T) {
 }
 
 func TestBadSpec(t *testing.T) {
-	ctx := deadline(t, time.Minute)
+	ctx := deadline(t, 2*time.Minute)
 	c := connect(t, peertest.Start(t), client.Options{})
 	for name, spec := range map[string]Spec{
 		"percent":  {ReadPercent: 101},
@@ -153,7 +153,7 @@ func TestBadSpec(t *testing.T) {
 func TestRunEnds(t *testing.T) {
 	for name, poll := range map[string]bool{"asleep": false, "polling": true} {
 		t.Run(name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(deadline(t, time.Minute), 50*time.Millisecond)
+			ctx, cancel := context.WithTimeout(deadline(t, 2*time.Minute), 50*time.Millisecond)
 			defer cancel()
 			c := connect(t, peertest.Start(t), client.Options{})
 			if _, err := Run(ctx, c, Spec{Duration: time.Hour, Poll: poll}); !errors.Is(err, context.DeadlineExceeded) {
