@@ -290,7 +290,7 @@ func (m *mending) survivors(ctx context.Context, chunk, size int, shards [][]byt
 		batch := list[:min(len(list), m.e.m.Policy.K-count)]
 		list = list[len(batch):]
 		if len(batch) == 0 {
-			return fmt.Errorf("%d of %d shards can be read, needed are %d: %w (%w)", count, len(have), m.e.m.Policy.K, ErrUnreadable, errors.Join(errs...))
+			return because(fmt.Errorf("%d of %d shards can be read, needed are %d: %w", count, len(have), m.e.m.Policy.K, ErrUnreadable), errs)
 		}
 		var g errgroup.Group
 		got := make([][]byte, len(batch))

@@ -298,8 +298,8 @@ func (p *Proxy) decode(ctx context.Context, e *entry, pc alba.Piece, b []byte, s
 		if len(failed)-p.lost(e.m, failed) < k {
 			why = ErrLost
 		}
-		return fmt.Errorf("%d of %d shards of %s/%s can be read, needed are %d: %w (%w)",
-			good, len(e.m.Shards), e.m.Namespace, e.m.Object, k, why, errors.Join(failed...))
+		return because(fmt.Errorf("%d of %d shards of %s/%s can be read, needed are %d: %w",
+			good, len(e.m.Shards), e.m.Namespace, e.m.Object, k, why), failed)
 	}
 	codec, err := erasure.CodecFor(k, e.m.Policy.M)
 	if err != nil {
@@ -309,6 +309,14 @@ func (p *Proxy) decode(ctx context.Context, e *entry, pc alba.Piece, b []byte, s
 	want[pc.Shard], shards[pc.Shard] = true, b
 	p.counters.Decoded.Add(1)
 	return codec.Reconstruct(shards, have, want)
+}
+
+// because adds why shards can't be read, as far as that was asked.
+func because(err error, shards []error) error {
+	if why := errors.Join(shards...); why != nil {
+		return fmt.Errorf("%w (%w)", err, why)
+	}
+	return err
 }
 
 // lost counts the shards that no waiting brings back, by what reading them failed with:

@@ -166,6 +166,10 @@ func TestPutLostOfRemoved(t *testing.T) {
 			if err := r.p.ReadAt(t.Context(), ns, "o", make([]byte, len(b)), 0); !errors.Is(err, proxy.ErrLost) {
 				t.Fatalf("read from a removed device: %v", err)
 			}
+			_, err := r.p.Mend(t.Context(), ns, "o", proxy.Mend{Gone: func(id string) bool { return id == gone }})
+			if !errors.Is(err, proxy.ErrUnreadable) || strings.Contains(err.Error(), "%!") {
+				t.Fatalf("mended: %v", err)
+			}
 			must(t, r.putLost(r.p, "o", 1, b))
 			if at := r.manifest("o").Shards[0]; at == gone {
 				t.Fatalf("is on %s still, which was removed", at)
