@@ -126,8 +126,10 @@ func TestMovedBackMeanwhile(t *testing.T) {
 // does not delete what the next one has stored in the same place.
 func TestFailedMoveBesideAnother(t *testing.T) {
 	r, from, to := movable(t)
-	other := r.maintainer(r.Proxy(t, alba.Preset{}, func(o *proxy.Options) { o.Node = "other" }), func(o *repair.Options) { o.IntentAge = time.Nanosecond })
+	by := r.Proxy(t, alba.Preset{}, func(o *proxy.Options) { o.Node = "other" })
+	other := r.maintainer(by, func(o *repair.Options) { o.IntentAge = time.Nanosecond })
 	must(t, r.p.SetDeviceState(t.Context(), from.ID, alba.DeviceDraining))
+	must(t, by.Fleet().Reload(t.Context())) // it would learn of it a little later
 	var called atomic.Bool
 	r.Reg.SetHook(func(writes []alba.Write) error {
 		if strings.HasPrefix(writes[0].Key, alba.ObjectPrefix) {
