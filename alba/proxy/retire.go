@@ -35,11 +35,14 @@ func (p *Proxy) RemoveUnused(ctx context.Context, id string, used func(ctx conte
 		return err
 	}
 	if was != alba.DeviceDraining {
-		if _, rev, err = p.setDeviceState(ctx, id, alba.DeviceDraining, rev); err != nil {
+		if _, rev, err = p.setDeviceState(ctx, id, alba.DeviceDraining, rev); rev == 0 {
 			return err
 		}
 	}
-	inUse, err := used(ctx)
+	inUse := false
+	if err == nil {
+		inUse, err = used(ctx)
+	}
 	if err == nil && !inUse {
 		_, _, err = p.setDeviceState(ctx, id, alba.DeviceRemoved, rev)
 		return err
@@ -74,7 +77,8 @@ func (p *Proxy) deviceState(ctx context.Context, id string) (alba.DeviceState, i
 }
 
 // setDeviceState changes the state of a device, whose record must be of revision rev
-// unless that is 0 (ErrBusy), and returns what it was and the record's new revision.
+// unless that is 0 (ErrBusy), and returns what it was and the record's new revision, that also
+// with an error if the state was changed all the same.
 func (p *Proxy) setDeviceState(ctx context.Context, id string, state alba.DeviceState, rev int64) (was alba.DeviceState, now int64, err error) {
 	for range tries {
 		kv, ok, err := p.reg.Get(ctx, alba.DeviceKey(id))
@@ -99,10 +103,11 @@ func (p *Proxy) setDeviceState(ctx context.Context, id string, state alba.Device
 		if errors.Is(err, alba.ErrConflict) {
 			continue
 		}
-		if err == nil {
-			p.saw(now, true)
-			err = p.fleet.Reload(ctx)
+		if err != nil {
+			return was, 0, err
 		}
+		p.saw(now, true)
+		err = p.fleet.Reload(ctx)
 		if err == nil && state == alba.DeviceRemoved {
 			p.copyToAll(ctx)
 		}

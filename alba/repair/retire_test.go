@@ -1,6 +1,7 @@
 package repair_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -163,6 +164,23 @@ func TestRemoveCountsUploads(t *testing.T) {
 			}
 			r.expectAll(r.p)
 		})
+	}
+}
+
+// TestRemoveGivenUp: a removal whose caller gives up as soon as the device takes nothing new leaves
+// it in the state that it had.
+func TestRemoveGivenUp(t *testing.T) {
+	r := newRig(t, 2, albatest.Preset(alba.Policy{K: 1, M: 0, C: 1, X: 1}), nil)
+	id := r.Disks[0].ID
+	ctx, giveUp := context.WithCancel(t.Context())
+	defer giveUp()
+	r.onCommit(alba.DeviceKey(id), func([]byte) { giveUp() })
+	if err := r.m.Remove(ctx, id); !errors.Is(err, context.Canceled) {
+		t.Fatalf("removed: %v", err)
+	}
+	must(t, r.p.Fleet().Reload(t.Context()))
+	if got := r.p.Fleet().Member(id).Record().State; got != alba.DeviceActive {
+		t.Fatalf("it is %s", got)
 	}
 }
 
