@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -50,6 +49,9 @@ var errPins = errors.New("snapshots are said to reach it, and none can")
 // compact writes a SCO that snapshots reach anew without its garbage. Caller holds
 // house.
 func (v *Volume) compact(ctx context.Context, m *scoMeta) error {
+	if err := v.roomToCompact(v.keptBytes(m)); err != nil {
+		return err
+	}
 	kept, err := v.reachedBySnapshots(ctx, m)
 	if err != nil || kept == nil {
 		return err
@@ -245,7 +247,7 @@ func (v *Volume) writeCompacted(ctx context.Context, m *scoMeta, kept *sco.Kept,
 	next := metaOf(&t)
 	next.compact.kept.Store(kept)
 	name := v.pathOf(next)
-	err := v.roomFor(t.Size())
+	err := v.roomToCompact(t.Size())
 	if err == nil {
 		err = v.writeGeneration(ctx, name, m, h, kept, crcs, &t, footer)
 	}
@@ -266,15 +268,23 @@ func (v *Volume) writeCompacted(ctx context.Context, m *scoMeta, kept *sco.Kept,
 	return next, crcs, nil
 }
 
-// roomFor makes sure that a file of that size leaves something of the disk's reserve,
-// which is for what gives room back.
-func (v *Volume) roomFor(size int64) error {
-	need := uint64(size + v.eng.cfg.ReserveBytes/2)
-	free, err := v.eng.cfg.FS.Free(v.scoDir())
-	if err == nil && free < need {
-		err = fmt.Errorf("%w: %d bytes are free, %d are needed with half of the reserve", syscall.ENOSPC, free, need)
+// keptBytes is about what a SCO will take when it is compacted.
+func (v *Volume) keptBytes(m *scoMeta) int64 {
+	v.metaMu.Lock()
+	defer v.metaMu.Unlock()
+	return m.size * int64(v.pins[m.number]) / int64(max(m.clusters, 1))
+}
+
+// roomToCompact fails with errNoRoom unless a file of that size, and what the store takes
+// for it, leaves half of the disk's reserve and all that is promised (room.go): the old
+// generation goes when a checkpoint is in the store, and for that the log must get its room.
+func (v *Volume) roomToCompact(size int64) error {
+	v.eng.room.look()
+	if v.eng.room.left() >= size+v.inStore(size)+v.spare()/2 {
+		return nil
 	}
-	return err
+	v.askForRoom()
+	return errNoRoom
 }
 
 // compactPiece is how many clusters are copied at a time.
@@ -293,6 +303,7 @@ func (v *Volume) writeGeneration(ctx context.Context, name string, m *scoMeta, h
 	if err := f.Allocate(0, t.Size()); err != nil {
 		return err
 	}
+	v.eng.room.look() // nobody is to be promised that
 	if _, err := f.WriteAt(aligned(h.Encode()), 0); err != nil {
 		return err
 	}

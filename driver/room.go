@@ -37,7 +37,7 @@ import (
 // used up what was free.
 //
 // Requests that give room back, the scrubber and discards, may begin a SCO on half of the
-// reserve. Guests wait meanwhile: they get the next chunk of a SCO only while what is
+// reserve, and a SCO that is compacted may take it (roomToCompact). Guests wait meanwhile: they get the next chunk of a SCO only while what is
 // free and not promised is no less than the reserve. Before that writers are slowed down
 // (roomDelay). A volume with large SCOs has a reserve of three of them at least, with
 // what the store takes: the scrubber needs one, and a store on the same disk has to copy
@@ -335,10 +335,15 @@ func (v *Volume) wantRoom(upkeep bool) (need int64, lacks bool) {
 	if r.left() >= need {
 		return need, false
 	}
-	r.wanted.Store(time.Now().UnixNano())
+	v.askForRoom()
+	return need, true
+}
+
+// askForRoom notes that somebody has been refused room, and has some made.
+func (v *Volume) askForRoom() {
+	v.eng.room.wanted.Store(time.Now().UnixNano())
 	v.eng.makeDiskRoom()
 	v.kickIO()
-	return need, true
 }
 
 // roomNeeded is what must be left for the next write.
