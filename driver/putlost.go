@@ -17,8 +17,8 @@ import (
 // An object that the store has lost while the local disk still has it, a SCO or a file of
 // the map, is stored anew as soon as somebody finds out: the store's maintenance
 // (LostInStore) or a check. The local copy is verified first, and is not given up for room
-// while the store has no place for it. The store replaces the object in one step and asserts the
-// epoch, so that a crash leaves the one or the other and a stale owner neither.
+// while the store has no place for it, or if it is damaged and so can't be stored. The store
+// replaces the object in one step and asserts the epoch, so that a crash leaves the one or the other and a stale owner neither.
 
 // maxLostObjects bounds what is remembered: what does not fit is told again.
 const maxLostObjects = 1 << 12
@@ -136,7 +136,7 @@ func (v *Volume) putLostObjects() {
 			}
 			l.mu.Lock()
 			delete(l.names, name)
-			v.keepLocal(name, false)
+			v.keepLocal(name, errors.Is(err, errUnsound))
 			l.mu.Unlock()
 		}
 		if left == 0 {
@@ -149,11 +149,14 @@ func (v *Volume) putLostObjects() {
 	}
 }
 
+// errUnsound: the local copy is damaged, too. What is sound in it is nowhere else.
+var errUnsound = errors.New("the local copy of what the store has lost is damaged")
+
 // settlesLost says whether an attempt to store what is lost was the last one: it was stored,
-// is no longer wanted, or is not this volume's any more. After anything else, an outage for
-// one, the local copy is still needed.
+// is no longer wanted, is not this volume's any more, or can't be. After anything else, an
+// outage for one, the local copy is still needed for that.
 func settlesLost(err error) bool {
-	return err == nil || errors.Is(err, ErrExists) || errors.Is(err, ErrNoObject) || errors.Is(err, ErrStaleEpoch)
+	return err == nil || errors.Is(err, errUnsound) || errors.Is(err, ErrExists) || errors.Is(err, ErrNoObject) || errors.Is(err, ErrStaleEpoch)
 }
 
 // putLost stores an object anew, if it is lost and the local disk has it. See settlesLost for
@@ -178,6 +181,7 @@ func (v *Volume) putLost(ctx context.Context, name string) error {
 	}
 	if !errors.Is(err, fs.ErrNotExist) { // else nobody needs it any more, or only the store had it
 		v.log.Warn().Err(err).Str("object", name).Msg("what the store has lost is not sound on the local disk")
+		return errUnsound
 	}
 	return nil
 }
@@ -211,7 +215,7 @@ func (v *Volume) putLostSCO(ctx context.Context, m *scoMeta) error {
 		return nil // whoever reads it finds out
 	}
 	defer release()
-	if sound, err := v.soundLocal(ctx, m, f); err != nil || !sound {
+	if err := v.soundLocal(ctx, m, f); err != nil {
 		return err
 	}
 	turn := v.uploadTurn(m.size)
@@ -220,30 +224,31 @@ func (v *Volume) putLostSCO(ctx context.Context, m *scoMeta) error {
 		Sums: func() ([]uint32, error) { return v.pageSums(m, f) }})
 }
 
-// soundLocal verifies the local copy of a SCO, but only once while the store has no place for it.
-func (v *Volume) soundLocal(ctx context.Context, m *scoMeta, f io.ReaderAt) (bool, error) {
+// soundLocal verifies the local copy of a SCO, but only once while the store has no place for
+// it. It fails with errUnsound.
+func (v *Volume) soundLocal(ctx context.Context, m *scoMeta, f io.ReaderAt) error {
 	l, name := &v.again, v.objectOf(m)
 	l.mu.Lock()
 	sound := l.names[name]
 	l.mu.Unlock()
 	if sound {
-		return true, nil
+		return nil
 	}
 	var rep CheckReport
 	v.checkCopy(ctx, m, "local copy", f, &rep)
 	if err := ctx.Err(); err != nil {
-		return false, err
+		return err
 	}
 	if len(rep.Problems) > 0 {
 		v.log.Warn().Uint64("sco", m.number).Strs("problems", rep.Problems).Msg("what the store has lost is not sound on the local disk")
-		return false, nil
+		return errUnsound
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if _, wanted := l.names[name]; wanted {
 		l.names[name] = true
 	}
-	return true, nil
+	return nil
 }
 
 // anyLost reads an object from the store until that fails, ErrLost if some of it is lost. As long as

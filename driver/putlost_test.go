@@ -3,6 +3,7 @@ package driver_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -232,5 +233,37 @@ func TestP8AwayIsNotLost(t *testing.T) {
 	}
 	f.setAway(false)
 	r.storedAnew()
+	r.close()
+}
+
+// TestP5DamagedCopyOfLost: the local copy of what the store has lost is not given up, for room
+// or because a part of it can't be read, although it is damaged and can't be stored anew:
+// what is sound in it is nowhere else.
+func TestP5DamagedCopyOfLost(t *testing.T) {
+	_ = objects
+	r, f := lostRig(t)
+	for _, told := range []bool{false, true} {
+		lost := r.lose(f, "sco-")
+		if !told {
+			for _, name := range lost {
+				file := fmt.Sprintf("data/volumes/%s/sco/%s.sco", r.cfg.ID, strings.TrimPrefix(name, "sco-"))
+				r.must(r.fs.Corrupt(file, 5*cluster+77))
+			}
+		}
+		if told {
+			for _, name := range lost {
+				r.eng.LostInStore(r.cfg.ID.String(), name)
+			}
+			r.storedAnew()
+			r.vol.DropLocalCopies()
+		}
+		r.eng.ForgetRAM()
+		for range 2 {
+			r.eng.ForgetClusters()
+			if failed := r.readDamaged(spot{what: "lost"}); failed == 0 || failed > 2*len(lost) {
+				t.Fatalf("told %v: %d clusters can't be read, %d SCOs have a damaged one", told, failed, len(lost))
+			}
+		}
+	}
 	r.close()
 }

@@ -42,19 +42,24 @@ func (v *Volume) readSealed(ctx context.Context, loc lba.Location, n uint32, buf
 
 // readCopies reads clusters from the local copy of a SCO or through the store, and
 // verifies them. A local copy that fails its checksum is given up in favour of the
-// store's.
+// store's once that has been read: what is sound of it may be all that is left.
 func (v *Volume) readCopies(ctx context.Context, m *scoMeta, local bool, first uint32, p []byte) error {
+	var cause error
 	if local {
-		err := v.readVerified(first, p, func(b []byte, off int64) error { return v.readLocal(m, b, off) }, m)
-		if err == nil || !v.giveUpLocal(m, err) {
-			return err
+		cause = v.readVerified(first, p, func(b []byte, off int64) error { return v.readLocal(m, b, off) }, m)
+		if cause == nil || !v.isUploaded(m) {
+			return cause
 		}
 	}
-	return v.readVerified(first, p, func(b []byte, off int64) error {
+	err := v.readVerified(first, p, func(b []byte, off int64) error {
 		v.stats.storeRead.Add(uint64(len(b)))
 		defer v.stats.stages[StageStore].since(time.Now())
 		return v.readObject(ctx, v.objectOf(m), b, off)
 	}, m)
+	if err == nil && cause != nil {
+		v.giveUpLocal(m, cause)
+	}
+	return err
 }
 
 // metaFor returns a sealed SCO's description and whether it has a local copy.
@@ -182,20 +187,24 @@ func (v *Volume) openLocal(m *scoMeta) (vfs.File, func(), error) {
 	})
 }
 
-// giveUpLocal decides after a failed local read whether the store can help, and
-// if so drops the local copy when that is at fault.
-func (v *Volume) giveUpLocal(m *scoMeta, cause error) bool {
+func (v *Volume) isUploaded(m *scoMeta) bool {
 	v.metaMu.Lock()
-	uploaded := m.uploaded
+	defer v.metaMu.Unlock()
+	return m.uploaded
+}
+
+// giveUpLocal drops a local copy that can't be read, unless the store has lost others of
+// the SCO's clusters.
+func (v *Volume) giveUpLocal(m *scoMeta, cause error) {
+	v.metaMu.Lock()
+	lost := m.lost
 	v.metaMu.Unlock()
-	if !uploaded {
-		return false
-	}
 	if !errors.Is(cause, fs.ErrNotExist) {
 		v.log.Warn().Uint64("sco", m.number).Err(cause).Msg("local copy is not readable; using the store's")
 	}
-	v.dropLocal(m)
-	return true
+	if !lost {
+		v.dropLocal(m)
+	}
 }
 
 // dropLocal removes the local copy of an uploaded SCO.
