@@ -79,6 +79,7 @@ func (v *Volume) moveHere(ctx context.Context, batch []moving) error {
 			return err
 		}
 	}
+	defer v.roomFound()
 	for {
 		err := errNoRoom // what it moves takes room for good, so the reserve is not for it
 		if !v.lacksRoom(false) {
