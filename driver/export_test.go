@@ -334,3 +334,19 @@ func (v *Volume) ScrubTurn(ctx context.Context) bool {
 	defer v.house.Unlock()
 	return v.scrub(ctx)
 }
+
+// GiveBackTurns has a turn of the scrubber come round n times, and returns how many attempts
+// it makes to give space back.
+func (v *Volume) GiveBackTurns(ctx context.Context, n int) (attempts int) {
+	v.house.Lock()
+	defer v.house.Unlock()
+	back := v.newGiveBack(ctx)
+	for range n {
+		back.begin(v.usage())
+		if back.running {
+			attempts++
+			back.await()
+		}
+	}
+	return attempts
+}

@@ -18,6 +18,7 @@ type giveBack struct {
 	ended   chan error
 	leave   chan struct{} // closed when nobody waits for uploads any more
 	late    bool          // uploads, or the disk, take longer than an attempt waits
+	putOff  bool          // the last attempt left it to others to write the log out first
 	failed  error         // why nothing can be given back
 	forced  uint64        // steps of spaceGate at the last force, and one
 }
@@ -33,9 +34,11 @@ func (v *Volume) newGiveBack(ctx context.Context) *giveBack {
 	return &giveBack{v: v, ctx: ctx, ended: make(chan error, 1)}
 }
 
-// begin starts an attempt if it would give enough back.
+// begin starts an attempt if it would give enough back. One that was put off is not made
+// again in the same turn of the scrubber, which would come round at once, and look at all
+// SCOs each time, unless guests have become slow meanwhile.
 func (g *giveBack) begin(u spaceUse) {
-	if !g.running && u.reclaimable(g.v) {
+	if !g.running && u.reclaimable(g.v) && (!g.putOff || g.v.space.tight.Load()) {
 		g.start(false)
 	}
 }
@@ -86,7 +89,7 @@ func (g *giveBack) finish() {
 }
 
 func (g *giveBack) done(err error) {
-	g.running = false
+	g.running, g.putOff = false, errors.Is(err, errPutOff)
 	g.v.space.untaken.Store(errors.Is(err, errNotTaken))
 	switch {
 	case err == nil, g.ctx.Err() != nil, errors.Is(err, errPutOff), errors.Is(err, errNoRoom):

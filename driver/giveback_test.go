@@ -1,0 +1,54 @@
+package driver_test
+
+import (
+	"context"
+	"math/rand/v2"
+	"testing"
+
+	"scoria/alba/vfs"
+)
+
+// TestGiveBackIsPutOffOnce: what is put off until the log has been written out is not tried
+// again and again in one turn of the scrubber, which looks at all SCOs each time; unless
+// guests wait for it.
+func TestGiveBackIsPutOffOnce(t *testing.T) { overStores(t, testGiveBackIsPutOffOnce) }
+
+func testGiveBackIsPutOffOnce(t *testing.T, k storeKind) {
+	ctx := context.Background()
+	r := newStillRig(t, k, rand.New(rand.NewPCG(23, 1)), 1024, 16).create()
+	for range 2 {
+		for first := uint64(0); first < 1024; first += 256 {
+			r.must(r.write(first, 256, 0))
+		}
+	}
+	if !r.vol.WaitSealed() {
+		t.Fatal("the log is not sealed")
+	}
+	slow, begun := make(chan struct{}), make(chan struct{}, 1)
+	r.fs.SetHook(func(op vfs.Op, name string) error {
+		if op == vfs.OpOpen && logFile(name) {
+			select {
+			case begun <- struct{}{}:
+			default:
+			}
+			<-slow
+		}
+		return nil
+	})
+	for range 5 { // all of it is to be written out, and little of it can be given back
+		r.must(r.write(0, 256, 0))
+	}
+	wait(t, "the log to be written out", begun)
+	if n := r.vol.GiveBackTurns(ctx, 10); n != 1 {
+		t.Errorf("%d attempts in one turn", n)
+	}
+	close(slow)
+	r.fs.SetHook(nil)
+	r.must(r.flush())
+	r.vol.Tighten()
+	if n := r.vol.GiveBackTurns(ctx, 1); n != 1 {
+		t.Errorf("%d attempts when guests wait", n)
+	}
+	r.check()
+	r.close()
+}
