@@ -83,12 +83,12 @@
 //	resizeMu → house → checkMu → checkpoints.mu → ioMu → gate → extendMu → metaMu → pool.mu
 //	                    rmw → gate → io.mu
 //	                    checkMu → snapshotState.mu → metaMu
-//	                    lost.mu → conds.mu
+//	                    lost.mu → conds.mu, lostObjects.mu → metaMu
 //
 // A clone takes its ancestors' metaMu with its own checkpoints.mu held, never the
 // other way round.
 //
-// fileCache.mu, crcCache.mu, spaceGate.mu, sumCache.mu, liveTable.mu, parked.mu, storeWaits.mu, lostObjects.mu, conds.mu, claims.mu, users.mu, diskRoom.mu are
+// fileCache.mu, crcCache.mu, spaceGate.mu, sumCache.mu, liveTable.mu, parked.mu, storeWaits.mu, conds.mu, claims.mu, users.mu, diskRoom.mu are
 // leaves. Nothing waits for a disk, a store or the pool while it holds gate, except
 // the end of a rollback, when no front end has the volume.
 //

@@ -18,7 +18,8 @@ import (
 // the map, is stored anew as soon as somebody finds out: the store's maintenance
 // (LostInStore) or a check. The local copy is verified first, and is not given up for room
 // while the store has no place for it, or if it is damaged and so can't be stored. The store
-// replaces the object in one step and asserts the epoch, so that a crash leaves the one or the other and a stale owner neither.
+// replaces the object in one step and asserts the epoch, so that a crash leaves the one or the
+// other and a stale owner neither.
 
 // maxLostObjects bounds what is remembered: what does not fit is told again.
 const maxLostObjects = 1 << 12
