@@ -350,3 +350,28 @@ func (v *Volume) GiveBackTurns(ctx context.Context, n int) (attempts int) {
 	}
 	return attempts
 }
+
+// MoveWhatComesBack moves a cluster from where it is not and where it can't be read, and lets
+// the map say that it is there between the reading and the moving, as a rollback may. It
+// returns whether it was moved.
+func (v *Volume) MoveWhatComesBack(ctx context.Context, cluster uint64) (moved bool, err error) {
+	gone := lba.MakeLocation(1<<20, 0)
+	v.live.ensure(gone.SCO())
+	now, _ := v.m.Get(cluster)
+	v.gate.RLock()
+	done := make(chan error, 1)
+	go func() { done <- v.move(ctx, []moving{{lba: cluster, from: gone, asOf: whenever}}) }()
+	for waits := false; !waits && len(done) == 0; time.Sleep(time.Millisecond) { // for the gate
+		if waits = !v.gate.TryRLock(); !waits {
+			v.gate.RUnlock()
+		}
+	}
+	v.m.Replace(cluster, now, gone)
+	v.gate.RUnlock()
+	err = <-done
+	at, _ := v.m.Get(cluster)
+	v.gate.Lock()
+	defer v.gate.Unlock()
+	v.m.Replace(cluster, at, now)
+	return at != gone, err
+}

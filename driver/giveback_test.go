@@ -52,3 +52,19 @@ func testGiveBackIsPutOffOnce(t *testing.T, k storeKind) {
 	r.check()
 	r.close()
 }
+
+// TestP5UnreadIsNotMoved: a cluster that could not be read where it was, because it is
+// elsewhere by then, is not moved with whatever was read, though it be there again.
+func TestP5UnreadIsNotMoved(t *testing.T) { overStores(t, testP5UnreadIsNotMoved) }
+
+func testP5UnreadIsNotMoved(t *testing.T, k storeKind) {
+	r := newStillRig(t, k, rand.New(rand.NewPCG(24, 1)), 1024, 8).create()
+	r.must(r.write(0, 64, 0))
+	r.must(r.flush())
+	moved, err := r.vol.MoveWhatComesBack(context.Background(), 7)
+	if moved || err != nil {
+		t.Errorf("moved: %v, %v", moved, err)
+	}
+	r.verify("P5", func(*effect) bool { return true })
+	r.close()
+}

@@ -113,15 +113,18 @@ func (v *Volume) move(ctx context.Context, batch []moving) error {
 		return nil
 	}
 	buf := make([]byte, len(batch)*block.ClusterSize)
-	for i, mv := range batch {
-		if err := v.readCluster(ctx, mv.from, buf[i*block.ClusterSize:(i+1)*block.ClusterSize]); err != nil {
+	read := make([]moving, 0, len(batch))
+	for _, mv := range batch {
+		at := len(read) * block.ClusterSize
+		if err := v.readCluster(ctx, mv.from, buf[at:at+block.ClusterSize]); err != nil {
 			if now, lerr := v.locateIn(ctx, mv.lba); lerr == nil && now != mv.from {
-				continue
+				continue // it must not be moved even if a rollback brings it back meanwhile
 			}
 			return err
 		}
+		read = append(read, mv)
 	}
-	return v.moveRead(ctx, batch, buf)
+	return v.moveRead(ctx, read, buf)
 }
 
 // moveRead logs clusters that have been read. It yields to writers, unless these wait

@@ -92,9 +92,10 @@ func forStores(t *testing.T, n, overObjects int, fn func(t *testing.T, k storeKi
 var oneStore = map[string]string{
 	"TestP5DamagedFragment":   "flips bits in fragments; of the directory store's files TestP5Damage does",
 	"TestP5OneCopy":           "an object store on one disk, whose files are the volume's; the directory store's are in TestP5Damage, linked",
-	"TestP5DamagedCopyOfLost": "likewise",
+	"TestP5DamagedCopyOfLost": "as for TestP5LostCopyStays",
 	"TestP5LostCopyStays":     "only an object store can lose what the local disk has: the directory store's file is the same one",
 	"TestP5LostInStore":       "likewise",
+	"TestP8AwayIsNotLost":     "likewise",
 	"TestP8OthersFillTheDisk": "storage daemons whose disk has refused a write have to be opened anew, for which the rig must be",
 	"TestP8SpaceBound":        "counts the bytes of the store's files, which an object store has parity beside",
 }
