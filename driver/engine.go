@@ -435,7 +435,7 @@ func (e *Engine) evictOne() bool {
 	if victim == nil {
 		return false
 	}
-	owner.dropLocal(victim)
+	owner.dropSpare(victim)
 	return true
 }
 

@@ -228,8 +228,15 @@ func (v *Volume) DropLocalCopies() {
 		if m == nil {
 			return
 		}
-		v.dropLocal(m)
+		v.dropSpare(m)
 	}
+}
+
+// EvictAfter evicts what is next, once meanwhile has run.
+func (v *Volume) EvictAfter(meanwhile func()) {
+	m, _ := v.coldest()
+	meanwhile()
+	v.dropSpare(m)
 }
 
 // PuttingLost says that the volume is not done with what the store was said to have lost.

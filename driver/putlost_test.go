@@ -216,6 +216,25 @@ func TestP5LostCopyStays(t *testing.T) {
 	r.close()
 }
 
+// TestP5LostWhileEvicted: a local copy that was picked to make room stays if its loss in the store is
+// found out before it is gone.
+func TestP5LostWhileEvicted(t *testing.T) {
+	_ = objects
+	r, f := lostRig(t)
+	f.refuse(true)
+	r.vol.EvictAfter(func() {
+		for _, name := range r.lose(f, "sco-") {
+			r.eng.LostInStore(r.cfg.ID.String(), name)
+		}
+	})
+	f.refuse(false)
+	r.storedAnew()
+	r.eng.ForgetRAM()
+	r.eng.ForgetClusters()
+	r.must(r.read(0, 1024))
+	r.close()
+}
+
 // TestP8AwayIsNotLost: while the store can't say whether it has lost something, nobody reads the
 // local copies over and over.
 func TestP8AwayIsNotLost(t *testing.T) {

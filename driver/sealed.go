@@ -196,14 +196,23 @@ func (v *Volume) isUploaded(m *scoMeta) bool {
 // giveUpLocal drops a local copy that can't be read, unless the store has lost others of
 // the SCO's clusters.
 func (v *Volume) giveUpLocal(m *scoMeta, cause error) {
-	v.metaMu.Lock()
-	lost := m.lost
-	v.metaMu.Unlock()
 	if !errors.Is(cause, fs.ErrNotExist) {
 		v.log.Warn().Uint64("sco", m.number).Err(cause).Msg("local copy is not readable; using the store's")
 	}
-	if !lost {
-		v.dropLocal(m)
+	v.dropSpare(m)
+}
+
+// dropSpare is dropLocal unless the store is known to have lost some of the SCO: the local copy
+// may be all that is left.
+func (v *Volume) dropSpare(m *scoMeta) {
+	v.metaMu.Lock()
+	had := m.local && !m.lost
+	if had {
+		m.local = false
+	}
+	v.metaMu.Unlock()
+	if had {
+		v.removeLocal(m)
 	}
 }
 
@@ -213,9 +222,13 @@ func (v *Volume) dropLocal(m *scoMeta) {
 	had := m.local
 	m.local = false
 	v.metaMu.Unlock()
-	if !had {
-		return
+	if had {
+		v.removeLocal(m)
 	}
+}
+
+// removeLocal removes a local copy that nobody is led to any more.
+func (v *Volume) removeLocal(m *scoMeta) {
 	v.eng.files.forget(v.fileKey(m))
 	if err := v.eng.cfg.FS.Remove(v.pathOf(m)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		v.log.Warn().Uint64("sco", m.number).Err(err).Msg("local copy can't be removed")

@@ -93,6 +93,7 @@ var oneStore = map[string]string{
 	"TestP5DamagedFragment":   "flips bits in fragments; of the directory store's files TestP5Damage does",
 	"TestP5OneCopy":           "an object store on one disk, whose files are the volume's; the directory store's are in TestP5Damage, linked",
 	"TestP5DamagedCopyOfLost": "as for TestP5LostCopyStays",
+	"TestP5LostWhileEvicted":  "as for TestP5LostCopyStays",
 	"TestP5LostCopyStays":     "only an object store can lose what the local disk has: the directory store's file is the same one",
 	"TestP5LostInStore":       "likewise",
 	"TestP8AwayIsNotLost":     "likewise",
