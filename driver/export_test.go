@@ -53,7 +53,8 @@ func (v *Volume) WaitSealed() bool {
 	return false
 }
 
-// ScrubAll rewrites every SCO that has any garbage.
+// ScrubAll rewrites every SCO that has any garbage, but leaves alone, as the scrubber does, what a
+// snapshot that is made meanwhile may reach.
 func (v *Volume) ScrubAll(ctx context.Context) error {
 	v.house.Lock()
 	defer v.house.Unlock()
@@ -66,7 +67,7 @@ func (v *Volume) ScrubAll(ctx context.Context) error {
 	}
 	v.metaMu.Unlock()
 	for _, m := range list {
-		if err := v.rewrite(ctx, m, v.snapping.Load()); err != nil {
+		if err := v.rewrite(ctx, m, v.snapping.Load()); err != nil && !errors.Is(err, errSnapped) {
 			return err
 		}
 	}
