@@ -4,8 +4,6 @@ import (
 	"context"
 	"math/rand/v2"
 	"testing"
-
-	"scoria/alba/vfs"
 )
 
 // TestGiveBackIsPutOffOnce: what is put off until the log has been written out is not tried
@@ -24,17 +22,7 @@ func testGiveBackIsPutOffOnce(t *testing.T, k storeKind) {
 	if !r.vol.WaitSealed() {
 		t.Fatal("the log is not sealed")
 	}
-	slow, begun := make(chan struct{}), make(chan struct{}, 1)
-	r.fs.SetHook(func(op vfs.Op, name string) error {
-		if op == vfs.OpOpen && logFile(name) {
-			select {
-			case begun <- struct{}{}:
-			default:
-			}
-			<-slow
-		}
-		return nil
-	})
+	slow, begun := r.holdLog()
 	for range 5 { // all of it is to be written out, and little of it can be given back
 		r.must(r.write(0, 256, 0))
 	}

@@ -18,6 +18,23 @@ func logFile(name string) bool {
 	return strings.HasPrefix(name, "data/volumes/") && strings.HasSuffix(name, ".sco") && strings.Count(name, ".") == 1
 }
 
+// holdLog keeps the log from being written out until slow is closed; begun tells that it
+// would be.
+func (r *rig) holdLog() (slow, begun chan struct{}) {
+	slow, begun = make(chan struct{}), make(chan struct{}, 1)
+	r.fs.SetHook(func(op vfs.Op, name string) error {
+		if op == vfs.OpOpen && logFile(name) {
+			select {
+			case begun <- struct{}{}:
+			default:
+			}
+			<-slow
+		}
+		return nil
+	})
+	return slow, begun
+}
+
 // TestP8CompactionLeavesPromisedRoom: the room that is promised to what is in the write
 // buffer is not taken by SCOs that are compacted meanwhile. Otherwise nothing could be
 // flushed, nor go into the checkpoint for which the space of the old ones waits.
@@ -32,17 +49,7 @@ func testP8CompactionLeavesPromisedRoom(t *testing.T, k storeKind) {
 	r.reserve, r.cache = 4<<20, 1<<20
 	r.create()
 	snaps := garbled(r)
-	slow, begun := make(chan struct{}), make(chan struct{}, 1)
-	r.fs.SetHook(func(op vfs.Op, name string) error {
-		if op == vfs.OpOpen && logFile(name) {
-			select {
-			case begun <- struct{}{}:
-			default:
-			}
-			<-slow
-		}
-		return nil
-	})
+	slow, begun := r.holdLog()
 	const written = 4
 	room := int64(written + 2)
 	if k.name == objects.name {
